@@ -1,0 +1,192 @@
+"""Config files and flags to checked dataclasses. Standard library only.
+
+    python train_gpt2.py config/gpt2_124m.py --batch_size=32 --compile=False
+
+Config files are Python assignments; they are read in order, then the flags: a later value wins. Every name and type is
+checked against the dataclass annotations, and a mistake is one line that says what, where and what to do.
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import os
+import re
+import sys
+import tokenize
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union
+
+
+class UserError(Exception):
+    """A mistake of the user's, in one line: what is wrong, where, and what to do. `cli` makes it exit status 2."""
+
+
+def cli(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's `main` and exit with what it returns; a UserError becomes one line on stderr and status 2."""
+    try:
+        status = main() or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process sees the mistake; one says it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    sys.exit(status)
+
+
+def configure(*classes: type, argv: list[str] | None = None) -> tuple:
+    """Fill dataclasses from the command line (default: sys.argv).
+
+    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}): the instances, then a dict of every
+    name that was set to where it was set, for rules that depend on what the user asked for. The classes share one flat
+    namespace of names. `--help` prints all options and exits. Raises UserError.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(classes))
+        sys.exit(0)
+    annotations = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    files = [arg for arg in argv if not arg.startswith("-")]
+    flags = [arg for arg in argv if arg.startswith("-")]
+    for path in files:
+        for name, value, where in read_file(path):
+            values[name] = check(name, value, annotations, where)
+            given[name] = where
+    for flag in flags:
+        name, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not name.isidentifier():
+            raise UserError(f"{flag}: options look like --name=value{nearest(name.replace('-', '_'), annotations)}")
+        if name in annotations and not equals:
+            raise UserError(f"--{name} needs a value: --{name}={'True' if annotations[name] is bool else 'VALUE'}")
+        values[name] = check(name, parse(text, annotations.get(name)), annotations, f"--{name}")
+        given[name] = f"--{name}"
+    instances = []
+    for cls in classes:
+        own = {name: values[name] for name in typing.get_type_hints(cls) if name in values}
+        try:
+            instances.append(cls(**own))
+        except ValueError as error:  # a rule across fields, from __post_init__
+            sources = dict.fromkeys(given[name] for name in own if re.search(rf"\b{name}\b", str(error)))
+            raise UserError(f"{', '.join(sources)}: {error}" if sources else str(error)) from None
+    return *instances, given
+
+
+def read_file(path: str) -> list[tuple[str, Any, str]]:
+    """Execute a config file -> [(name, value, 'file:line')] of its assignments, imports and _private names left out."""
+    if not path.endswith(".py"):
+        raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        known = [str(p) for p in Path(path).parent.glob("*.py")]
+        raise UserError(f"{path}: {error.strerror}{nearest(path, known)}") from None
+    namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
+    try:
+        tree = ast.parse(source, path)
+        exec(compile(tree, path, "exec"), namespace)
+    except Exception as error:  # whatever the file's own code raises
+        frames = [f.tb_lineno for f in _frames(error.__traceback__) if f.tb_frame.f_code.co_filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 1
+        message = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {message}") from None
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return [
+        (name, value, f"{path}:{lines.get(name, 1)}")
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in imported
+    ]
+
+
+def _frames(tb: types.TracebackType | None) -> typing.Iterator[types.TracebackType]:
+    while tb:
+        yield tb
+        tb = tb.tb_next
+
+
+def parse(text: str, hint: Any) -> Any:
+    """A command line value: a Python literal, true/false/none in any case, else the string itself."""
+    words = {"true": True, "false": False, "none": None}
+    try:
+        value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    # A folder may be called 2024: where a string is wanted and the literal is none, the text is the value.
+    return value if _fits(value, hint) or not _fits(text, hint) else text
+
+
+def check(name: str, value: Any, annotations: dict[str, Any], where: str) -> Any:
+    """The value as its annotation wants it (1 -> 1.0 for a float, 1e4 -> 10000 for an int), or a UserError."""
+    if name not in annotations:
+        raise UserError(f"{where}: unknown option {name!r}{nearest(name, annotations)}")
+    hint = annotations[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(value) is int and float in options:
+        return float(value)
+    if type(value) is float and int in options and float not in options and value.is_integer():
+        return int(value)
+    if _fits(value, hint):
+        return value
+    literals = [str(x) for option in options if typing.get_origin(option) is Literal for x in typing.get_args(option)]
+    raise UserError(f"{where}: {name} = {value!r}, but it must be {_spell(hint)}{nearest(str(value), literals)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(x) and value == x for x in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _spell(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spell(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(x) for x in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    return names[hint]
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?' for the closest of the known words, or ''."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def help_text(classes: typing.Iterable[type]) -> str:
+    """Every option with its default and its comment from the dataclass source."""
+    first = (sys.modules["__main__"].__doc__ or "").strip()
+    lines = [first, "", f"usage: python {os.path.basename(sys.argv[0])} [config/file.py ...] [--name=value ...]"]
+    for cls in classes:
+        comments = field_comments(cls)
+        lines += ["", f"{cls.__name__}:"]
+        for name, hint in typing.get_type_hints(cls).items():
+            default = f"--{name}={cls.__dataclass_fields__[name].default}"
+            options = f"{_spell(hint)}; " if "Literal" in str(hint) else ""
+            lines.append(f"  {default:<36} {options}{comments.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """{field: the comment behind it in the class's source}."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
+        field = re.match(r"\s+(\w+):", token.line)
+        if token.type == tokenize.COMMENT and field:
+            comments[field[1]] = token.string.lstrip("# ")
+    return comments

@@ -1,0 +1,161 @@
+"""Which tokens make up step s: the shard format, the windows, and the batches of a run.
+
+A shard is llm.c's file: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that many
+uint16 token ids. A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from
+i * seq_len. All windows of all shards are shuffled together once an epoch, and the windows of step s are a pure
+function of (seed, s): nothing has to be saved to resume, and the global batch is the same on any number of processes.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configurator import UserError
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def shard_header(num_tokens: int) -> bytes:
+    """The 1024 bytes in front of a shard's tokens."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, num_tokens
+    return header.tobytes()
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, uint16 (n,), mapped from disk. Raises UserError where the file is not a whole shard."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    if head[0] != MAGIC or head[1] != VERSION:
+        raise UserError(f"{path}: not a token shard (its header is wrong); prepare the data with fineweb.py")
+    if size != HEADER_BYTES + 2 * head[2]:
+        raise UserError(f"{path}: {size} bytes, but its header says {head[2]} tokens; the file is cut or damaged")
+    # torch closes the file once it is mapped (np.memmap does not: thousands of shards would exhaust the open files).
+    mapped = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    return mapped.numpy()[HEADER_BYTES // 2 :]
+
+
+def read_meta(data_dir: str) -> dict:
+    """data_dir/meta.json, or {} for shards that were made elsewhere. Raises UserError where there is no data at all."""
+    if not os.path.isdir(data_dir):
+        raise UserError(
+            f"data_dir {data_dir}: no such folder; prepare it with fineweb.py, e.g. config/data/fineweb_edu.py"
+        )
+    path = Path(data_dir, "meta.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+class Windows:
+    """The windows of one split, numbered 0 to len - 1 through its shards in the order of their names."""
+
+    def __init__(self, data_dir: str, split: str, seq_len: int):
+        paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
+        if not paths:
+            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
+        self.seq_len = seq_len
+        self.shards = [open_shard(path) for path in paths]
+        counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
+        self.ends = np.cumsum(counts)
+        if not len(self):
+            tokens = max(len(shard) for shard in self.shards)
+            raise UserError(
+                f"{data_dir}: no {split} shard holds a window of seq_len = {seq_len}; the largest has {tokens}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these windows, int64 (B, T) each."""
+        T = self.seq_len
+        rows = np.empty((len(indices), T + 1), dtype=np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            shard = int(np.searchsorted(self.ends, index, side="right"))
+            first = int(self.ends[shard - 1]) if shard else 0
+            start = (int(index) - first) * T
+            row[:] = self.shards[shard][start : start + T + 1]
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a keyed shuffle of range(size) puts each index: a bijection in O(1) memory, whatever the size.
+
+    A Feistel network permutes the next power of four; results outside of range(size) are permuted again until they
+    fall inside (cycle walking: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = _mix(np.arange(8, dtype=np.uint64) + _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch)))
+    value = index.astype(np.uint64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> np.uint64(half), value[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        value[outside] = left << np.uint64(half) | right
+        outside = value >= size
+    return value.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def step_windows(step: int, rows: int, num_windows: int, seed: int) -> np.ndarray:
+    """The windows of step 1, 2, ... in row order, int64 (rows,). A batch may straddle two epochs, or more."""
+    q = (step - 1) * rows + np.arange(rows)
+    epochs, within = np.divmod(q, num_windows)
+    windows = np.empty(rows, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        windows[here] = permute(within[here], num_windows, seed, int(epoch))
+    return windows
+
+
+def train_batches(
+    windows: Windows, seed: int, rows: int, batch_size: int, rank: int, world_size: int, device: torch.device, step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches (inputs, targets), (B, T) each on the device, from the given step on, without end.
+
+    A background thread reads ahead, so that the accelerator never waits for the disk.
+    """
+    micro_batches = rows // (batch_size * world_size)
+
+    def read(step: int) -> list[tuple[Tensor, Tensor]]:
+        mine = step_windows(step, rows, len(windows), seed).reshape(micro_batches, world_size, batch_size)[:, rank]
+        batches = [windows.read(indices) for indices in mine]
+        if device.type == "cuda":  # pinned memory is copied to the GPU while it computes
+            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+        return batches
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque(reader.submit(read, s) for s in (step, step + 1))
+        while True:
+            for x, y in ahead.popleft().result():
+                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            step += 1
+            ahead.append(reader.submit(read, step + 1))
+
+
+def val_batches(
+    windows: Windows, val_tokens: int, batch_size: int, rank: int, world_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the first val_tokens, in batches of at most batch_size windows: the same set of windows
+    whatever the batch size and the number of ranks."""
+    count = min(val_tokens // windows.seq_len, len(windows))
+    for start in range(rank * batch_size, count, world_size * batch_size):
+        x, y = windows.read(np.arange(start, min(start + batch_size, count)))
+        yield x.to(device), y.to(device)

@@ -1,0 +1,81 @@
+"""One process or many. Nothing else in the project knows about ranks."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from configurator import UserError
+
+
+class World:
+    """This process among `size`: its `rank` and `device`. Started by torchrun, or alone."""
+
+    def __init__(self, device: str = "auto"):
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0  # the one that prints and writes
+        self.device = pick_device(device, local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose backward averages gradients over all ranks."""
+        if not dist.is_initialized():
+            return model
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def sync_gradients(self, wrapped: nn.Module, on: bool) -> None:
+        """Whether the next backward averages gradients: only a step's last micro-batch has to."""
+        wrapped.require_backward_grad_sync = on
+
+    def sum(self, values: Iterable[float]) -> list[float]:
+        """Each value summed over all ranks, in float64 on the CPU."""
+        total = torch.tensor(list(values), dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def mean_(self, value: Tensor) -> Tensor:
+        """A tensor averaged over all ranks, in place, on its own device and without waiting for it."""
+        if dist.is_initialized():
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> a torch.device; a plain 'cuda' is this process's own card."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device = {device!r}, but it must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+    if picked.type == "cuda":
+        index = local_rank if picked.index is None else picked.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device = {device!r}: card {index} wanted, but torch sees {torch.cuda.device_count()}")
+        return torch.device("cuda", index)
+    if picked.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device = 'mps', but this machine has none; use 'auto' or 'cpu'")
+    return picked

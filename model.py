@@ -1,0 +1,295 @@
+"""GPT-2 exactly as published, and by flags its modern variants: RoPE, RMSNorm, SwiGLU, relu^2, qk-norm. Self-contained.
+
+References: Radford et al. 2019 (GPT-2); https://github.com/openai/gpt-2/blob/master/src/model.py; RoPE: Su et al. 2021,
+arXiv 2104.09864; RMSNorm: Zhang & Sennrich 2019, 1910.07467; SwiGLU: Shazeer 2020, 2002.05202; relu^2: So et al. 2021,
+2109.08668; qk-norm: Dehghani et al. 2023, 2302.05442.
+
+Shapes, everywhere in this file:
+    B  sequences in the batch      C   n_embd, width of the residual stream      nh  n_head
+    T  positions in a sequence     V   vocab_size                                hs  C / nh, width of one head
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture. The defaults are GPT-2 124M as published."""
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # rows of the embedding; 50304 (a multiple of 128) is faster on GPUs, the rest is padding
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # probability; 0 for pretraining, 0.1 or more for small data
+    bias: bool = True  # biases in linear layers and LayerNorm
+    qkv_bias: bool | None = None  # biases of q, k and v; None: as bias
+    tie_weights: bool = True  # the output head is the token embedding
+    pos: Literal["learned", "rope"] = "learned"  # positions: a table added to the embedding, or rotated q and k
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    mlp_hidden: int | None = None  # width inside the MLP; None: 4 C, SwiGLU 8/3 C rounded up to a multiple of 64
+    norm_eps: float = 1e-5  # added to the variance in every norm
+    rope_base: float = 10000.0  # RoPE's longest wavelength is 2 pi times this, in tokens
+    qk_norm: bool = False  # RMS-normalise q and k per head, before RoPE
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"pos = 'rope' needs even heads; n_embd / n_head = {self.n_embd // self.n_head} is odd")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout = {self.dropout}, but it must be in [0, 1)")
+
+
+class KVCache:
+    """Keys and values of the positions a model has seen, so that a new token costs one position of work.
+
+    Holds up to `max_len` positions of `batch_size` sequences; `GPT.forward(idx, cache=cache)` appends idx's.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device=None, dtype=None):
+        hs = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, max_len, hs)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # positions held
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, nh, T, hs) keys and values of new positions; all of that layer so far, (B, nh, length + T, hs)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `GPT(config)(idx)` gives logits, `GPT(config)(idx, targets)` the mean loss."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's: N(0, 0.02), biases 0, and both projections back into the residual stream N(0, 0.02 / sqrt(2 L))."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # apply() visits children first, so this overrides their 0.02
+            for proj in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C), for callers that want logits at a few positions only."""
+        past = cache.length if cache is not None else 0
+        T = idx.size(1)
+        assert past + T <= self.config.block_size, f"{past + T} positions, but block_size is {self.config.block_size}"
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.wte(idx)  # (B, T, C)
+        if self.config.pos == "learned":
+            x = x + self.wpe(positions)
+            rotation = None
+        else:
+            rotation = rope_rotation(positions, self.config)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, rotation, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross entropy in nats, -1 left out.
+
+        With a cache, idx are the next T tokens of sequences whose past the cache holds.
+        """
+        logits = self.lm_head(self.hidden(idx, cache))  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        vocab_size: int | None = None,
+        eot: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,), as soon as it is known.
+
+        temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) are never drawn. A sequence that drew
+        eot repeats it from then on; generation ends when all have, or after max_new_tokens. Where the context is full
+        its older half is dropped, so that a long text costs O(1) re-reads a token.
+        """
+        config, block_size = self.config, self.config.block_size
+        total = min(block_size, idx.size(1) + max_new_tokens)
+        cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=self.wte.weight.dtype)
+        context = new = idx[:, -block_size:]
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache.length + new.size(1) > block_size:
+                new = context = context[:, -max(1, block_size // 2) :]
+                cache.length = 0
+            logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, V)
+            token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p, generator)  # (B,)
+            if eot is not None:
+                token = torch.where(done, eot, token)
+                done |= token == eot
+            yield token
+            if eot is not None and done.all():
+                return
+            new = token[:, None]
+            context = torch.cat([context, new], dim=1)
+
+    def num_params(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of a forward and backward pass per token: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B).
+
+        N are the parameters that multiply: without wpe, and without wte where the head has its own weights.
+        """
+        n = self.num_params()
+        if self.config.pos == "learned":
+            n -= self.wpe.weight.numel()
+        if not self.config.tie_weights:
+            n -= self.wte.weight.numel()
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * seq_len
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    """q, k and v are matrices of their own: an optimizer that orthogonalises must not see them as one."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, qkv_bias = config.n_embd, config.bias if config.qkv_bias is None else config.qkv_bias
+        self.layer = layer
+        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
+        self.c_q = nn.Linear(C, C, bias=qkv_bias)
+        self.c_k = nn.Linear(C, C, bias=qkv_bias)
+        self.c_v = nn.Linear(C, C, bias=qkv_bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.resid_drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            proj(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for proj in (self.c_q, self.c_k, self.c_v)
+        )
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            if 1 < T < k.size(2):  # several new positions behind a past: causal, but not square
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        p = self.dropout if self.training else 0.0
+        causal = k.size(2) == T  # a single new position sees all of the past
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_drop(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, self.kind = config.n_embd, config.mlp
+        hidden = config.mlp_hidden or (64 * math.ceil(8 * C / 3 / 64) if self.kind == "swiglu" else 4 * C)
+        self.c_fc = nn.Linear(C, hidden, bias=config.bias)
+        if self.kind == "swiglu":
+            self.c_gate = nn.Linear(C, hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, C, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            x = F.silu(self.c_gate(x)) * self.c_fc(x)
+        elif self.kind == "relu2":
+            x = F.relu(self.c_fc(x)).square()
+        else:
+            x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2's own form
+        return self.drop(self.c_proj(x))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Positions (T,) -> cosine and sine of every pair's angle, (T, hs / 2) each, always in float32."""
+    hs = config.n_embd // config.n_head
+    freq = config.rope_base ** (-torch.arange(0, hs, 2, device=positions.device, dtype=torch.float32) / hs)
+    angle = positions[:, None] * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + hs / 2) of x (B, nh, T, hs), the "rotate half" layout of Llama's checkpoints."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1.0:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before a token already reaches top_p
+        probs = probs.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)

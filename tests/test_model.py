@@ -1,0 +1,265 @@
+import math
+
+import pytest
+import torch
+import transformers
+
+from model import GPT, GPTConfig, KVCache, sample_token
+
+TINY = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
+VARIANTS = {
+    "gpt2": {},
+    "no bias": dict(bias=False),
+    "qkv bias alone off, untied": dict(qkv_bias=False, tie_weights=False),
+    "rope": dict(pos="rope"),
+    "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
+    "modern no bias": dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tie_weights=False),
+    "relu2 qk-norm": dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, bias=False),
+}
+variants = pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def make(flags=None, **more):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**TINY, **(flags or {}), **more}))
+    for p in model.parameters():  # biases and norm gains away from 0 and 1, so that they are tested too
+        if p.dim() == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def batch(B=3, T=32):
+    torch.manual_seed(1)
+    tokens = torch.randint(TINY["vocab_size"], (B, T + 1))
+    return tokens[:, :-1], tokens[:, 1:].clone()
+
+
+MODERN = dict(vocab_size=50304, pos="rope", norm="rmsnorm", mlp="swiglu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        (dict(), 124_439_808),
+        (dict(vocab_size=50304), 124_475_904),
+        (dict(vocab_size=50304, pos="rope"), 123_689_472),
+        (MODERN, 123_682_560),
+        (dict(MODERN, bias=False), 123_587_328),
+        (dict(MODERN, mlp_hidden=3072), 152_018_688),
+        (dict(MODERN, mlp_hidden=3072, bias=False), 151_898_880),
+        (dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
+        (dict(n_layer=36, n_head=20, n_embd=1280), 774_030_080),
+        (dict(n_layer=48, n_head=25, n_embd=1600), 1_557_611_200),
+        (dict(vocab_size=52000, block_size=512), 125_385_216),
+        (dict(n_layer=24, n_head=16, n_embd=1024, qkv_bias=False, tie_weights=False), 406_212_608),
+        (dict(n_layer=36, n_head=20, n_embd=1280, qkv_bias=False, tie_weights=False), 838_220_800),
+    ],
+)
+def test_parameter_counts(flags, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**flags))
+    assert model.num_params() == count
+    if flags == dict(vocab_size=50304):
+        assert round(model.flops_per_token(1024) / 1e6) == 855
+
+
+def compare(ours, theirs, pairs, chunk=None):
+    """Loss, logits and every gradient against a transformers model whose weights were copied from ours."""
+    idx, targets = batch()
+    logits = ours(idx)
+    loss = ours(idx, targets)
+    loss.backward()
+    out = theirs(idx, labels=idx)  # transformers shifts labels itself, so its loss is taken from the logits instead
+    their_loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+    their_loss.backward()
+    assert (logits - out.logits).abs().max() < 1e-5
+    assert (loss - their_loss).abs() < 1e-6
+    for our_grad, their_grad in pairs():
+        assert our_grad.shape == their_grad.shape
+        assert (our_grad - their_grad).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_equals_transformers_gpt2(tie):
+    ours = make(tie_weights=tie)
+    config = transformers.GPT2Config(
+        vocab_size=101, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tie,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+
+    def pairs(attr):
+        """(ours, theirs) of every parameter; GPT-2's Conv1D holds matrices transposed, and q, k and v as one."""
+        t = theirs.transformer
+        got = lambda p: getattr(p, attr)  # noqa: E731
+        yield got(ours.wte.weight), got(t.wte.weight)
+        yield got(ours.wpe.weight), got(t.wpe.weight)
+        if not tie:
+            yield got(ours.lm_head.weight), got(theirs.lm_head.weight)
+        for a, b in [(ours.ln_f, t.ln_f)] + [
+            (getattr(x, n), getattr(y, n)) for x, y in zip(ours.h, t.h, strict=True) for n in ("ln_1", "ln_2")
+        ]:
+            yield got(a.weight), got(b.weight)
+            yield got(a.bias), got(b.bias)
+        for x, y in zip(ours.h, t.h, strict=True):
+            for i, c in enumerate((x.attn.c_q, x.attn.c_k, x.attn.c_v)):
+                yield got(c.weight), got(y.attn.c_attn.weight)[:, 32 * i : 32 * (i + 1)].T
+                yield got(c.bias), got(y.attn.c_attn.bias)[32 * i : 32 * (i + 1)]
+            for a, b in ((x.attn.c_proj, y.attn.c_proj), (x.mlp.c_fc, y.mlp.c_fc), (x.mlp.c_proj, y.mlp.c_proj)):
+                yield got(a.weight), got(b.weight).T
+                yield got(a.bias), got(b.bias)
+
+    for a, b in pairs("data"):
+        b.copy_(a)
+    compare(ours, theirs, lambda: pairs("grad"))
+
+
+@pytest.mark.parametrize("base", [10000.0, 500.0])
+def test_equals_transformers_llama(base):
+    ours = make(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tie_weights=False, rope_base=base)
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=base),
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+
+    def pairs(attr):
+        m = theirs.model
+        names = [(ours.wte, m.embed_tokens), (ours.ln_f, m.norm), (ours.lm_head, theirs.lm_head)]
+        for x, y in zip(ours.h, m.layers, strict=True):
+            a, s = x.attn, y.self_attn
+            names += [(x.ln_1, y.input_layernorm), (x.ln_2, y.post_attention_layernorm)]
+            names += [(a.c_q, s.q_proj), (a.c_k, s.k_proj), (a.c_v, s.v_proj), (a.c_proj, s.o_proj)]
+            names += [(x.mlp.c_gate, y.mlp.gate_proj), (x.mlp.c_fc, y.mlp.up_proj), (x.mlp.c_proj, y.mlp.down_proj)]
+        return [(getattr(p.weight, attr), getattr(q.weight, attr)) for p, q in names]
+
+    for a, b in pairs("data"):
+        b.copy_(a)
+    compare(ours, theirs, lambda: pairs("grad"))
+
+
+def test_init_scales():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=12, n_embd=192, n_head=6, vocab_size=512))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.0041 if "c_proj" in name else 0.02, rel=0.02), name
+        else:
+            assert (p == ("ln" in name and "weight" in name)).all(), name
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, (idx, targets) = make(), batch()
+    targets[:, ::3] = -1
+    logp = model(idx).log_softmax(-1)
+    keep = targets >= 0
+    brute = -logp[keep].gather(1, targets[keep][:, None]).mean()
+    assert torch.allclose(model(idx, targets), brute, atol=1e-6)
+
+
+def test_dropout_everywhere_or_nowhere():
+    model, (idx, _) = make(dropout=0.5), batch()
+    assert torch.equal(model(idx), make()(idx))  # eval: none
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+    model.h[0].attn.dropout = 0.0
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    model.h[1].attn.dropout = 0.0
+    assert torch.equal(model(idx), make()(idx))
+
+
+@variants
+def test_cached_logits_equal_uncached(flags):
+    """Whatever the pieces a sequence is fed in: one by one, several behind a past, all at once."""
+    model, (idx, _) = make(flags), batch()
+    with torch.no_grad():
+        whole = model(idx)
+        for pieces in ([1] * 32, [5, 1, 10, 16], [32]):
+            cache = KVCache(model.config, 3, 32)
+            parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def generate_uncached(model, idx, n, **how):
+    """The definition: the whole context forward for every token, its older half dropped where it is full."""
+    context = idx[:, -model.config.block_size :]
+    out = []
+    for _ in range(n):
+        if context.size(1) > model.config.block_size:
+            context = context[:, -model.config.block_size // 2 :]
+        out.append(sample_token(model(context)[:, -1], **how))
+        context = torch.cat([context, out[-1][:, None]], 1)
+    return torch.stack(out, 1)
+
+
+@variants
+@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=0.8, top_k=20, top_p=0.9)])
+def test_cached_generation_equals_uncached(flags, how):
+    model, (idx, _) = make(flags), batch(T=7)
+    for p in model.parameters():  # a sharper model, whose tokens depend on the context
+        p.data *= 4 if p.dim() == 2 else 1
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        uncached = generate_uncached(model, idx, 60, **{"top_k": None, "top_p": None, **how, "generator": generator})
+    generator.manual_seed(7)
+    cached = torch.stack(list(model.generate(idx, 60, generator=generator, **how)), 1)
+    assert torch.equal(cached, uncached)  # 7 + 60 tokens: past block_size = 32 too
+    if how["temperature"]:
+        assert len(set(cached.flatten().tolist())) > 10
+
+
+def test_generation_stops_at_endoftext_and_never_draws_padding():
+    model, (idx, _) = make(), batch(B=8, T=4)
+    model.lm_head.weight.data[90:] = 3 * model.lm_head.weight.data[:11]  # the padding would be likely
+    generator = torch.Generator().manual_seed(0)
+    free = torch.stack(list(model.generate(idx, 200, vocab_size=90, generator=generator)), 1)
+    assert free.max() < 90
+    assert free.shape == (8, 200)
+    generator.manual_seed(0)
+    eot = free[0, 5].item()
+    stopped = torch.stack(list(model.generate(idx, 200, vocab_size=90, eot=eot, generator=generator)), 1)
+    for row, alone in zip(stopped, free, strict=True):
+        ends = (row == eot).nonzero()
+        first = ends[0].item() if len(ends) else len(row)
+        assert (row[first:] == eot).all()
+        if first <= stopped.size(1):
+            assert torch.equal(row[: min(first, 6)], alone[: min(first, 6)])
+    assert (stopped[0, 5:] == eot).all()
+
+
+def test_top_k_and_top_p_against_brute_force():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, 50)
+    order = logits[0].argsort(descending=True).tolist()
+    probs = (logits[0] / 0.7).softmax(0)
+    for top_k, top_p in [(5, None), (None, 0.6), (7, 0.8), (None, 1.0), (100, None)]:
+        allowed = order[: top_k or 50]
+        if top_p is not None and top_p < 1:
+            total = sum(probs[i].item() for i in allowed)
+            mass, nucleus = 0.0, []
+            for i in allowed:
+                if mass >= top_p:
+                    break
+                nucleus.append(i)
+                mass += probs[i].item() / total
+            allowed = nucleus
+        want = torch.zeros(50)
+        want[allowed] = probs[allowed] / probs[allowed].sum()
+        many = sample_token(logits.expand(20000, -1), 0.7, top_k, top_p, torch.Generator().manual_seed(1))
+        have = torch.bincount(many, minlength=50) / 20000
+        assert set(many.tolist()) <= set(allowed)
+        assert (have - want).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(dropout=1.0), dict(n_layer=0), dict(pos="rope", n_head=32)])
+def test_impossible_configs(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GPTConfig(**{**TINY, **wrong})
+
+
+def test_untrained_loss_is_that_of_a_uniform_guess():
+    idx, targets = batch()
+    assert make()(idx, targets).item() == pytest.approx(math.log(101), abs=0.1)
