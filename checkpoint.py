@@ -1,8 +1,10 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
+import dataclasses
 import os
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -69,6 +71,41 @@ def newest_whole(out_dir: str) -> Path | None:
     if paths:
         raise UserError(f"{out_dir}: no whole checkpoint among {len(paths)}; restore one, or start in another out_dir")
     return None
+
+
+def same_model(saved: dict, asked: GPTConfig, path: Path) -> GPTConfig:
+    """The architecture to resume with: the checkpoint's, with dropout as asked. Raises UserError where they differ."""
+    theirs = GPTConfig(**saved["gpt_config"])
+    for field in dataclasses.fields(GPTConfig):
+        name, want, have = field.name, getattr(asked, field.name), getattr(theirs, field.name)
+        if want != have and name != "dropout":
+            raise UserError(f"{name} = {want}, but {path} has {have}; resume with the same model")
+    return dataclasses.replace(theirs, dropout=asked.dropout)
+
+
+def starting_weights(path: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:
+    """Another run's weights to start from, and their architecture: dropout as asked, block_size cropped, vocab_size
+    padded (to the data's where none is given). Raises UserError where anything else that was given differs."""
+    model, _, file = load_model(path, torch.device("cpu"))
+    theirs = model.config
+    changes: dict = {"vocab_size": max(theirs.vocab_size, vocab_size)}
+    for field in dataclasses.fields(GPTConfig):
+        name, want, have = field.name, getattr(asked, field.name), getattr(theirs, field.name)
+        if name not in given or want == have:
+            continue
+        cropped = name == "block_size" and (want < have or theirs.pos == "rope")
+        padded = name == "vocab_size" and want > have
+        if not (cropped or padded or name == "dropout"):
+            raise UserError(f"{name} = {want}, but {file} has {have}, and its weights need that")
+        changes[name] = want
+    weights = dict(model.state_dict())
+    config = dataclasses.replace(theirs, **changes)
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+    for name in ("wte.weight", "lm_head.weight"):  # new rows start as the mean of the others
+        rows = config.vocab_size - theirs.vocab_size
+        weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows, -1)])
+    return config, weights
 
 
 def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None, Path]:

@@ -30,7 +30,7 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         status = main() or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process sees the mistake; one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     sys.exit(status)

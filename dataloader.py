@@ -46,11 +46,20 @@ def open_shard(path: Path) -> np.ndarray:
 def read_meta(data_dir: str) -> dict:
     """data_dir/meta.json, or {} for shards that were made elsewhere. Raises UserError where there is no data at all."""
     if not os.path.isdir(data_dir):
-        raise UserError(
-            f"data_dir {data_dir}: no such folder; prepare it with fineweb.py, e.g. config/data/fineweb_edu.py"
-        )
+        raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
     path = Path(data_dir, "meta.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
+    """What get_tokenizer takes: a name, or the whole content of the data's tokenizer file; None where it is unknown."""
+    if not meta:
+        return "gpt2" if vocab_size in (50257, 50304) else None
+    name = meta["tokenizer"]
+    if name.endswith(".json"):
+        path = Path(data_dir, name)
+        return (path if path.exists() else Path(name)).read_text(encoding="utf-8")
+    return name
 
 
 class Windows:

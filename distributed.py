@@ -1,7 +1,7 @@
-"""One process or many. Nothing else in the project knows about ranks."""
+"""One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from configurator import UserError
+
+# Dense tensor-core peak in FLOP/s, bf16 (V100 and T4: fp16), from NVIDIA's data sheets. The first name that fits counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A40": 150e12,
+    "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 class World:
@@ -51,12 +58,21 @@ class World:
             value /= self.size
         return value
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns on rank 0, on every rank; a UserError it raises there is every rank's."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = decide()
+            except UserError as mistake:
+                error = str(mistake)
+        box = [(value, error)]
         if dist.is_initialized():
             dist.broadcast_object_list(box)
-        return box[0]
+        value, error = box[0]
+        if error:
+            raise UserError(error)
+        return value
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -79,3 +95,18 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if picked.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device = 'mps', but this machine has none; use 'auto' or 'cpu'")
     return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on the cards that compute in it, float16 on older ones, float32 elsewhere."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def hardware(device: torch.device) -> tuple[str, float | None]:
+    """The device's name and its peak FLOP/s, None where the table above does not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)

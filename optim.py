@@ -12,7 +12,7 @@ def learning_rate(
     """The rate of step 1, 2, ..., max_steps: linear warm-up to `peak`, then towards `low`.
 
     cosine (Loshchilov & Hutter 2017, arXiv 1608.03983) and linear fall all the way; wsd (warm-up, stable, decay: Hu et
-    al. 2024, 2404.06395) stays at the peak and falls linearly over the last decay_fraction of all steps; constant stays.
+    al. 2024, 2404.06395) stays at the peak and falls linearly over the last decay_fraction of them; constant stays.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps

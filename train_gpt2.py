@@ -8,7 +8,6 @@ The run goes to out_dir: metrics.jsonl and ckpt_<step>.pt. A stopped run goes on
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -17,16 +16,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import checkpoint
 from configurator import UserError, cli, configure
-from dataloader import Windows, read_meta, train_batches, val_batches
-from distributed import World
+from dataloader import Windows, data_tokenizer, read_meta, train_batches, val_batches
+from distributed import World, hardware, pick_dtype
+from metrics import Metrics, bits_per_byte
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -88,11 +91,7 @@ class TrainConfig:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
 
 
-# Dense bf16 (T4, V100: fp16) tensor-core peak in FLOP/s, from NVIDIA's data sheets; the first name that fits counts.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A40": 150e12, "L40S": 362e12,
-    "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 5090": 210e12,
-}  # fmt: skip
+MAX_NON_FINITE = 20  # steps in a row; a float16 scaler may need about 16 to find its scale
 
 
 def main() -> int:
@@ -100,51 +99,63 @@ def main() -> int:
     world = World(config.device)
     device = world.device
 
-    def say(*words: object) -> None:
+    def say(text: str) -> None:
         if world.is_main:
-            print(*words, flush=True)
+            print(text, flush=True)
 
-    # Everything that can be wrong is looked at before anything is written.
-    resume_path = world.from_main(find_run(config)) if world.size == 1 else agree(world, lambda: find_run(config))
-    saved = checkpoint.load(resume_path) if resume_path else None
-    if saved and saved["done"] and not wants_more(saved, config):
-        say(f"{config.out_dir}: this run is done, at step {saved['step']}")
-        return 0
+    # What can be wrong is looked at before anything is written.
+    resume_path = world.agree(lambda: find_run(config))
     meta = read_meta(config.data_dir)
-    gpt_config, weights, tokenizer = initial_model(config, gpt_config, given, meta, saved)
+    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
+    if meta and "vocab_size" not in given:
+        gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
+    saved, weights = None, None
+    if resume_path:
+        saved = checkpoint.load(resume_path)
+        gpt_config, weights = checkpoint.same_model(saved, gpt_config, resume_path), saved["model"]
+    elif config.init_from != "scratch":
+        gpt_config, weights = checkpoint.starting_weights(
+            config.init_from, gpt_config, given, meta.get("vocab_size", 0)
+        )
+    if gpt_config.vocab_size < meta.get("vocab_size", 0):
+        raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
     T = config.seq_len or gpt_config.block_size
-    if T > gpt_config.block_size:
+    if gpt_config.block_size < T:
         raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
     train = Windows(config.data_dir, "train", T)
     val = Windows(config.data_dir, "val", T) if config.val_interval else None
     if val and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
-    rows = config.total_batch_size // T  # windows in a step
     if config.total_batch_size % (config.batch_size * T * world.size):
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
         raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
+    rows = config.total_batch_size // T  # windows in a step
     micro_batches = rows // (config.batch_size * world.size)
     max_steps = planned_steps(config, len(train), rows)
     if config.sample_interval and not tokenizer:
         raise UserError(f"{config.data_dir}: its tokenizer is not known, so no samples; use --sample_interval=0")
-    if config.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("compile = True needs a C++ compiler (g++) on a CPU; install one, or use --compile=False")
+    if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
+    if saved and (saved["step"] >= max_steps or saved["target_reached"]):
+        say(f"{config.out_dir}: this run is done, at step {saved['step']}")
+        world.close()
+        return 0
 
+    # The model, its optimizers, and the state to go on from.
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
     if weights:
         model.load_state_dict(weights)
     model.to(device)
+    params = list(model.parameters())
     dtype = pick_dtype(config.dtype, device)
-    autocast = contextlib.nullcontext()
-    if dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype)
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     optimizers = make_optimizers(
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best = 0, {"step": None, "val_loss": math.inf}
+    step, best, target_reached = 0, {"step": None, "val_loss": math.inf}, False
     if saved:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -154,13 +165,13 @@ def main() -> int:
     if config.compile:
         model.compile()
     wrapped = world.wrap(model)
+    batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
 
     log = Metrics(config.out_dir, step if resume_path else None) if world.is_main else None
     record = log.write if log else lambda kind, **values: None
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    card, peak_flops = hardware(device)
     if resume_path:
-        record("event", event="resume", step=step, path=str(resume_path), world_size=world.size)
+        record("event", event="resume", step=step, checkpoint=resume_path.name, world_size=world.size)
     else:
         record(
             "run", config=dataclasses.asdict(config), gpt_config=dataclasses.asdict(gpt_config),
@@ -168,103 +179,77 @@ def main() -> int:
             commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
             world_size=world.size, data=meta,
         )  # fmt: skip
-    say(f"model {model.num_params():,} parameters | data {len(train):,} windows of {T} tokens | {max_steps:,} steps")
-    say(f"{world.size} x {card}, {dtype} | {rows:,} windows a step = {micro_batches} x {config.batch_size} a process")
-    say(f"{'resuming at step ' + str(step) if resume_path else 'writing'} -> {config.out_dir}")
+    say(f"model: {model.num_params():,} parameters, on {world.size} x {card} in {dtype}")
+    say(f"data: {len(train):,} windows of {T} tokens in {config.data_dir}; {max_steps * rows / len(train):.2f} epochs")
+    say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
+    say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
-    @torch.no_grad()
-    def evaluate() -> float:
-        """Mean loss over the first val_tokens of the val split, the same set of tokens on any number of processes."""
-        model.eval()
-        losses, counts = [], []
-        for x, y in val_batches(val, config.val_tokens, config.batch_size, world.rank, world.size, device):
-            forward = model if len(x) == config.batch_size else model.forward  # a ragged batch is not compiled anew
-            with autocast:
-                losses.append(forward(x, y))
-            counts.append(y.numel())
-        model.train()
-        total = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True)) if losses else 0.0
-        loss, tokens = world.sum([total, sum(counts)])
-        return loss / tokens
-
-    def sample() -> str:
-        from tokenizer import get_tokenizer
-
-        enc = get_tokenizer(tokenizer)
-        model.eval()
-        start = enc.encode_ordinary(config.sample_start) or [enc.eot_token]
-        generator = torch.Generator(device).manual_seed(config.seed)
-        idx = torch.tensor([start], device=device)
-        how = {"temperature": 0.8, "top_k": 200, "vocab_size": enc.n_vocab, "eot": enc.eot_token}
-        with autocast:
-            ids = [int(token) for token in model.generate(idx, 200, generator=generator, **how)]
-        model.train()
-        return config.sample_start + enc.decode([i for i in ids if i != enc.eot_token])
-
-    def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": scaler.state_dict(),
-            "step": step,
-            "best": best,
-            "done": done,
-            "gpt_config": dataclasses.asdict(gpt_config),
-            "config": dataclasses.asdict(config),
-            "tokenizer": tokenizer,
-        }
-        path = checkpoint.save(state, config.out_dir, config.keep_checkpoints, best["step"])
-        say(f"saved {path}")
-
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
-    batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
-    params = list(model.parameters())
-    tokens_each = rows * T
-    flops_each = model.flops_per_token(T) * tokens_each / world.size
-    done = step >= max_steps
-    saved_step, timed_from, timer = step if resume_path else None, step, time.perf_counter()
-    width = len(str(max_steps))
+    stop_signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # the first asks to stop after this step, a second one insists
+        signal.signal(number, lambda n, _: sys.exit(128 + n) if stop_signals else stop_signals.append(n))
+    saved_step, non_finite = step, 0
+    logged_step, logged_at = step, time.perf_counter()
 
     while True:
-        # Between two steps: validation, samples, checkpoint, the end.
+        # Between two steps: validation, samples, a checkpoint, or the end.
         pause = time.perf_counter()
-        stopping = bool(signals) if world.size == 1 else world.sum([len(signals)])[0] > 0
-
-        def due(interval: int) -> bool:
-            return interval > 0 and not stopping and (step % interval == 0 or done)  # noqa: B023
-
-        if due(config.val_interval):
-            val_loss = evaluate()
+        stopping = world.sum([len(stop_signals)])[0] > 0
+        done = step >= max_steps or target_reached
+        due = {
+            name: interval > 0 and not stopping and (step % interval == 0 or done)
+            for name, interval in [
+                ("val", config.val_interval),
+                ("sample", config.sample_interval),
+                ("checkpoint", config.checkpoint_interval),
+            ]
+        }
+        if due["val"]:
+            val_loss = evaluate(
+                model, val_batches(val, config.val_tokens, config.batch_size, world.rank, world.size, device),
+                config.batch_size, autocast, world,
+            )  # fmt: skip
             if val_loss < best["val_loss"]:
                 best = {"step": step, "val_loss": val_loss}
-            record("val", step=step, val_loss=finite(val_loss))
-            say(f"step {step:>{width}}/{max_steps} | val loss {val_loss:.4f}{bits_per_byte(val_loss, meta)}")
             if config.target_val_loss is not None and val_loss < config.target_val_loss:
-                record("event", event="target_val_loss reached", step=step)
-                done = True
-        if due(config.sample_interval) and world.is_main:
-            text = sample()
-            record("sample", step=step, text=text)
-            say(f"--- sample at step {step}\n{text}\n---")
-        last = done or stopping
-        if step != saved_step and step > 0 and (last or due(config.checkpoint_interval)):
-            if world.is_main:
-                save()
-            saved_step = step
-        if last:
-            break
-        timer += time.perf_counter() - pause
+                done = target_reached = True
+            bpb = bits_per_byte(val_loss, meta)
+            record("val", step=step, val_loss=val_loss)
+            say(
+                f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else "")
+            )
+        if due["sample"] and world.is_main:
+            from sample import complete  # tokenizers take a while to import
+            from tokenizer import get_tokenizer
 
-        # One step: gradients of the whole batch, micro-batch by micro-batch, and an update.
+            model.eval()
+            text = "".join(piece for [piece] in complete(model, get_tokenizer(tokenizer), config.sample_start, 1, 200))
+            model.train()
+            record("sample", step=step, text=config.sample_start + text)
+            say(f"--- sample\n{config.sample_start}{text}\n---")
+        if step > saved_step and (due["checkpoint"] or done or stopping):
+            if world.is_main:
+                state = {
+                    "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(), "step": step, "best": best, "target_reached": target_reached,
+                    "gpt_config": dataclasses.asdict(gpt_config), "config": dataclasses.asdict(config),
+                    "tokenizer": tokenizer,
+                }  # fmt: skip
+                say(f"saved {checkpoint.save(state, config.out_dir, config.keep_checkpoints, best['step'])}")
+            saved_step = step
+        if done or stopping:
+            break
+        logged_at += time.perf_counter() - pause  # dt is of steps alone
+
+        # One step: the gradient of the whole batch, micro-batch by micro-batch, and an update.
         step += 1
-        if gpt_config.dropout:  # a pure function of (seed, step, rank), so there is no generator state to save
-            torch.manual_seed(hash((config.seed, step, world.rank)))
         lr = learning_rate(
             step, config.schedule, config.learning_rate, config.min_lr, config.warmup_steps, max_steps,
             config.decay_fraction,
         )  # fmt: skip
+        if gpt_config.dropout:  # seeded by the step, so that there is no generator state to save or disturb
+            torch.manual_seed(
+                int(np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0])
+            )
         loss = torch.zeros((), device=device)
         for micro_batch in range(micro_batches):
             x, y = next(batches)
@@ -276,57 +261,74 @@ def main() -> int:
         world.mean_(loss)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf).item()  # the step's one wait
+        if math.isfinite(norm) or scaler.is_enabled():  # the scaler itself skips what is not finite
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                scaler.step(optimizer)
+            scaler.update()
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        scaler.update()
 
-        loss = loss.item()  # the one wait for the accelerator in a step
-        done = step >= max_steps
-        if config.target_loss is not None and loss < config.target_loss:
-            record("event", event="target_loss reached", step=step)
-            done = True
-        if step == 1 or step % config.log_interval == 0 or done:
+        loss = loss.item()
+        non_finite = 0 if math.isfinite(norm) else non_finite + 1
+        if non_finite:
+            record("event", event="skipped step", step=step, loss=loss, grad_norm=norm)
+            say(f"step {step:>5}/{max_steps} | skipped: loss {loss}, gradient norm {norm}")
+        if non_finite == MAX_NON_FINITE:
+            record("event", event="gave up", step=step)
+            say(f"gave up: {MAX_NON_FINITE} steps in a row without a finite gradient; the last checkpoint is kept")
+            return 3
+        target_reached = config.target_loss is not None and loss < config.target_loss
+        if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
             now = time.perf_counter()
-            dt = (now - timer) / (step - timed_from)
-            timer, timed_from = now, step
-            mfu = flops_each / dt / peak if peak else None
+            dt = (now - logged_at) / (step - logged_step)
+            logged_step, logged_at = step, now
+            tokens_per_sec = config.total_batch_size / dt
+            mfu = model.flops_per_token(T) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
             record(
-                "train", step=step, loss=finite(loss), lr=lr, grad_norm=finite(norm.item()), tokens=step * tokens_each,
-                tokens_per_sec=tokens_each / dt, dt=dt, mfu=mfu,
+                "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
+                tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
             )  # fmt: skip
             say(
-                f"step {step:>{width}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
-                f"{dt * 1e3:.1f} ms | {tokens_each / dt:,.0f} tok/s | "
-                f"{f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (max_steps - step))}"
+                f"step {step:>5}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
+                f"{tokens_per_sec:,.0f} tok/s | "
+                + (f"mfu {mfu:.1%} | " if mfu else "")
+                + f"eta {clock(dt * (max_steps - step))}"
             )
 
     batches.close()
     if stopping and not done:
-        name = signal.Signals(signals[0]).name if signals else "a signal to another process"
-        record("event", event="stopped", step=step, signal=name)
-        say(f"stopped by {name} at step {step}; the same command with --resume=True goes on")
-    elif world.is_main:
-        say(f"done: {step} steps in {config.out_dir}; try: python sample.py --model={config.out_dir}")
+        record(
+            "event", event="stopped", step=step, signal=signal.Signals(stop_signals[0]).name if stop_signals else None
+        )
+        say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")
+    else:
+        record("event", event="done", step=step, target_reached=target_reached)
+        say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
+        say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
     world.close()
     return 0
 
 
-def agree(world: World, decide) -> Path | None:
-    """Rank 0 decides for all; a mistake it finds is every rank's."""
-    error = result = None
-    if world.is_main:
-        try:
-            result = decide()
-        except UserError as mistake:
-            error = str(mistake)
-    result, error = world.from_main((result, error))
-    if error:
-        raise UserError(error)
-    return result
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], batch_size: int, autocast: contextlib.AbstractContextManager,
+    world: World,
+) -> float:  # fmt: skip
+    """Mean loss in nats per token over every rank's batches."""
+    model.eval()
+    losses, counts = [], []
+    for x, y in batches:
+        forward = model if len(x) == batch_size else model.forward  # a ragged last batch is not worth compiling for
+        with autocast:
+            losses.append(forward(x, y))
+        counts.append(y.numel())
+    model.train()
+    losses = [loss.item() for loss in losses]  # one wait at the end
+    total, tokens = world.sum([sum(loss * count for loss, count in zip(losses, counts, strict=True)), sum(counts)])
+    return total / tokens
 
 
 def find_run(config: TrainConfig) -> Path | None:
@@ -338,70 +340,6 @@ def find_run(config: TrainConfig) -> Path | None:
     return None
 
 
-def wants_more(saved: dict, config: TrainConfig) -> bool:
-    """Whether a finished run was asked for a longer one."""
-    return any(saved["config"][name] != getattr(config, name) for name in ("max_steps", "epochs"))
-
-
-def initial_model(
-    config: TrainConfig, gpt_config: GPTConfig, given: dict, meta: dict, saved: dict | None
-) -> tuple[GPTConfig, dict | None, str | None]:
-    """The architecture, the weights to start from (None: random ones), and the tokenizer that the data was made with."""
-    tokenizer, weights = data_tokenizer(config.data_dir, meta, gpt_config), None
-    if meta and "vocab_size" not in given:
-        gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
-    if saved:
-        other = GPTConfig(**saved["gpt_config"])
-        for field in dataclasses.fields(GPTConfig):
-            theirs, ours = getattr(other, field.name), getattr(gpt_config, field.name)
-            if theirs != ours and field.name != "dropout":
-                raise UserError(f"{config.out_dir}: its model has {field.name} = {theirs}, this command says {ours}")
-        weights = saved["model"]
-    elif config.init_from != "scratch":
-        model, _, path = checkpoint.load_model(config.init_from, torch.device("cpu"))
-        gpt_config, weights = fit(model, gpt_config, given, meta, str(path))
-    if meta and gpt_config.vocab_size < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} was made with {meta['vocab_size']} ids"
-        )
-    return gpt_config, weights, tokenizer
-
-
-def fit(model: GPT, asked: GPTConfig, given: dict, meta: dict, path: str) -> tuple[GPTConfig, dict]:
-    """Weights with their own architecture, but dropout as asked, block_size cropped and vocab_size padded."""
-    theirs = model.config
-    for name in given:
-        if name in ("dropout", "block_size", "vocab_size") or not hasattr(theirs, name):
-            continue
-        if getattr(asked, name) != getattr(theirs, name):
-            raise UserError(f"{given[name]}: {name} = {getattr(asked, name)}, but {path} has {getattr(theirs, name)}")
-    block_size = asked.block_size if "block_size" in given else theirs.block_size
-    vocab_size = asked.vocab_size if "vocab_size" in given else max(theirs.vocab_size, meta.get("vocab_size", 0))
-    if block_size > theirs.block_size and theirs.pos == "learned":
-        raise UserError(f"block_size = {block_size}, but {path} has positions for {theirs.block_size} only")
-    if vocab_size < theirs.vocab_size:
-        raise UserError(f"vocab_size = {vocab_size}, but {path} has {theirs.vocab_size}; it can only be padded")
-    weights = dict(model.state_dict())
-    if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][:block_size]
-    for name in ("wte.weight", "lm_head.weight"):
-        extra = vocab_size - theirs.vocab_size
-        weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(extra, -1)])
-    dropout = asked.dropout if "dropout" in given else theirs.dropout
-    return dataclasses.replace(theirs, block_size=block_size, vocab_size=vocab_size, dropout=dropout), weights
-
-
-def data_tokenizer(data_dir: str, meta: dict, gpt_config: GPTConfig) -> str | None:
-    """What get_tokenizer takes: a name, or the whole content of the data's tokenizer file; None where it is unknown."""
-    if not meta:
-        return "gpt2" if gpt_config.vocab_size in (50257, 50304) else None
-    name = meta["tokenizer"]
-    if name.endswith(".json"):
-        path = Path(data_dir, name) if Path(data_dir, name).exists() else Path(name)
-        return path.read_text(encoding="utf-8")
-    return name
-
-
 def planned_steps(config: TrainConfig, num_windows: int, rows: int) -> int:
     """The last step: max_steps or so many epochs, whichever comes sooner; one epoch where neither is given."""
     epochs = config.epochs if config.epochs or config.max_steps else 1
@@ -411,51 +349,6 @@ def planned_steps(config: TrainConfig, num_windows: int, rows: int) -> int:
     if min(steps) < 1:
         raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
     return min(steps)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on the cards that compute in it, float16 on older ones, float32 elsewhere."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-class Metrics:
-    """out_dir/metrics.jsonl, one JSON object a line. A resumed run's records past its step are dropped first."""
-
-    def __init__(self, out_dir: str, resumed_at: int | None):
-        os.makedirs(out_dir, exist_ok=True)
-        path = Path(out_dir, "metrics.jsonl")
-        kept = []
-        if resumed_at is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # the line that the last run died in
-                    continue
-                evaluation = entry["kind"] in ("val", "hellaswag", "sample")
-                if entry.get("step", 0) < resumed_at + (not evaluation):
-                    kept.append(line + "\n")
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, a line is written when it is made
-
-    def write(self, kind: str, **values: object) -> None:
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
-
-
-def finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
-
-
-def bits_per_byte(loss: float, meta: dict) -> str:
-    """How well the text is compressed, whatever the tokenizer: nats per token to bits per byte of UTF-8."""
-    if not meta.get("val_bytes"):
-        return ""
-    return f" | {loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']:.4f} bits per byte"
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,113 @@
+"""Text from a checkpoint, streamed as it is made.
+
+python sample.py --start="def main"                  the newest run under out/
+python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
+"""
+
+import codecs
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+import checkpoint
+from configurator import UserError, cli, configure
+from distributed import pick_device
+from model import GPT
+from tokenizer import get_tokenizer
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str | None = None  # a checkpoint or a run's folder; None: the newest run under out/
+    start: str = ""  # text to continue, or FILE:path; empty: the start of a document
+    num_samples: int = 1  # made together as one batch; the first is streamed
+    max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
+    temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
+    top_k: int | None = 200  # draw from the so many likeliest tokens; None: from all
+    top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
+    seed: int = 1337  # the same seed gives the same text
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: bfloat16 on CUDA
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature = {self.temperature}, but it must not be negative")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k}, but it must be at least 1 (or None)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}, but it must be in (0, 1] (or None)")
+
+
+def main() -> int:
+    config, _ = configure(SampleConfig)
+    device = pick_device(config.device)
+    model, tokenizer, path = checkpoint.load_model(config.model, device)
+    if tokenizer is None:
+        raise UserError(f"{path}: its tokenizer is not known, so its ids have no text")
+    enc = get_tokenizer(tokenizer)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    model = model.to(getattr(torch, auto if config.dtype == "auto" else config.dtype)).eval()
+    start = config.start
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--start={config.start}: {error}") from None
+    print(f"{path}, seed {config.seed}\n---", file=sys.stderr, flush=True)
+
+    texts = [start] * config.num_samples
+    sys.stdout.write(start)
+    try:
+        for pieces in complete(
+            model, enc, start, config.num_samples, config.max_new_tokens,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed,
+        ):  # fmt: skip
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            sys.stdout.write(pieces[0])
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass  # enough text
+    print()
+    for text in texts[1:]:
+        print(f"---\n{text}")
+    return 0
+
+
+def complete(
+    model: GPT, enc: "tiktoken.Encoding", start: str, num_samples: int, max_new_tokens: int, *,
+    temperature: float = 0.8, top_k: int | None = 200, top_p: float | None = None, seed: int = 1337,
+) -> Iterator[list[str]]:  # fmt: skip
+    """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
+
+    An empty start is the start of a document. `<|endoftext|>` in the start is the special token. The last piece holds
+    the bytes of a character that was left unfinished, as U+FFFD.
+    """
+    device = model.wte.weight.device
+    ids = enc.encode(start, allowed_special={"<|endoftext|>"}) or [enc.eot_token]
+    idx = torch.tensor([ids] * num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
+    for tokens in model.generate(
+        idx, max_new_tokens, temperature, top_k, top_p,
+        vocab_size=enc.n_vocab, eot=enc.eot_token, generator=generator,
+    ):  # fmt: skip
+        ids = tokens.tolist()
+        yield [
+            "" if i == enc.eot_token else decoder.decode(enc.decode_single_token_bytes(i))
+            for i, decoder in zip(ids, decoders, strict=True)
+        ]
+    yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,139 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from configurator import UserError, configure, field_comments
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = 8  # how wide
+    kind: Literal["plain", "fancy"] = "plain"  # which kind
+    bias: bool | None = None
+
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f"width = {self.width} is odd")
+
+
+@dataclass(frozen=True)
+class Train:
+    lr: float = 1e-3  # the rate, # in full
+    steps: int | None = None  # how many
+    out: str = "out"  # where
+    resume: bool = False  # whether
+
+
+def load(*argv):
+    return configure(Model, Train, argv=list(argv))
+
+
+def test_defaults():
+    assert load() == (Model(), Train(), {})
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--width=10", "width", 10),
+        ("--width=1e1", "width", 10),
+        ("--lr=1", "lr", 1.0),
+        ("--lr=6e-4", "lr", 6e-4),
+        ("--steps=none", "steps", None),
+        ("--steps=1_000", "steps", 1000),
+        ("--resume=TRUE", "resume", True),
+        ("--bias=False", "bias", False),
+        ("--kind=fancy", "kind", "fancy"),
+        ("--out=a b=c", "out", "a b=c"),
+        ("--out=2024", "out", "2024"),
+        ("--out=none", "out", "none"),
+        ("--out='quoted'", "out", "quoted"),
+        ("--out=", "out", ""),
+    ],
+)
+def test_values(flag, name, value):
+    model, train, given = load(flag)
+    have = getattr(model if hasattr(model, name) else train, name)
+    assert have == value
+    assert type(have) is type(value)
+    assert given == {name: f"--{name}"}
+
+
+def test_files_in_order_then_flags(tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text(
+        "import math\nfrom os.path import join\n_half = 4\nwidth = 2 * _half\nlr = math.pi\nout = join('x', 'y')\n"
+    )
+    b.write_text("lr = 2\nsteps = 7\n")
+    model, train, given = load(str(a), "--steps=9", str(b))
+    assert (model.width, train) == (8, Train(lr=2.0, steps=9, out="x/y"))
+    assert given == {"width": f"{a}:4", "lr": f"{b}:1", "out": f"{a}:6", "steps": "--steps"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--widht=3"], ["--widht", "unknown", "did you mean width?"]),
+        (["--width=wide"], ["--width", "'wide'", "whole number"]),
+        (["--width=1.5"], ["--width", "whole number"]),
+        (["--width=True"], ["--width", "whole number"]),
+        (["--resume=1"], ["--resume", "True or False"]),
+        (["--kind=fency"], ["--kind", "'plain' or 'fancy'", "did you mean fancy?"]),
+        (["--resume"], ["--resume=True"]),
+        (["--steps"], ["--steps=VALUE"]),
+        (["-steps=3"], ["--name=value"]),
+        (["steps=3"], ["--name=value"]),
+        (["--width=3"], ["--width", "is odd"]),
+        (["config/missing.py"], ["config/missing.py", "No such file"]),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, said):
+    with pytest.raises(UserError) as error:
+        load(*argv)
+    assert "\n" not in str(error.value)
+    for part in said:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("\nwidht = 3\n", [":2", "unknown", "did you mean width?"]),
+        ("lr = '3'\n", [":1", "lr = '3'", "a number"]),
+        ("lr = 1\nlr = (\n", [":2", "SyntaxError"]),
+        ("lr = 1\nout = lr + 'x'\n", [":2", "TypeError"]),
+        ("import nonesuch\n", [":1", "ModuleNotFoundError"]),
+        ("width = 3\n", [":1", "is odd"]),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, source, said):
+    path = tmp_path / "c.py"
+    path.write_text(source)
+    with pytest.raises(UserError) as error:
+        load(str(path))
+    assert "\n" not in str(error.value)
+    for part in [str(path), *said]:
+        assert part in str(error.value)
+
+
+def test_comments():
+    assert field_comments(Model) == {"width": "how wide", "kind": "which kind"}
+    assert field_comments(Train)["lr"] == "the rate, # in full"
+
+
+def test_help_and_exit_status():
+    def script(*args):
+        code = "import sys; from train_gpt2 import TrainConfig, GPTConfig, configure, cli\n"
+        code += "cli(lambda: configure(TrainConfig, GPTConfig) and 0)"
+        return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+
+    done = script("--help")
+    assert done.returncode == 0
+    assert "--learning_rate=0.0006" in done.stdout
+    assert "the highest" in done.stdout
+    wrong = script("--learning_rat=1")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: --learning_rat: unknown option 'learning_rat'; did you mean learning_rate?\n"

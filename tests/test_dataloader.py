@@ -1,0 +1,161 @@
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_shard
+
+from configurator import UserError
+from dataloader import Windows, data_tokenizer, permute, read_meta, step_windows, train_batches, val_batches
+
+T = 8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Shards of unequal lengths whose tokens are their own positions in the whole; one too short for a window."""
+    first = 0
+    for i, n in enumerate([97, 5, 250, 64, 65]):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", range(first, first + n))
+        first += n
+    write_shard(tmp_path / "x_val_000000.bin", range(1000, 1100))
+    return tmp_path
+
+
+def test_windows_tile_each_shard(shards):
+    windows = Windows(str(shards), "train", T)
+    brute = []
+    first = 0
+    for n in [97, 5, 250, 64, 65]:
+        brute += [first + i * T for i in range(n) if i * T + T + 1 <= n]
+        first += n
+    x, y = windows.read(np.arange(len(windows)))
+    assert x[:, 0].tolist() == brute
+    assert torch.equal(x, torch.tensor(brute)[:, None] + torch.arange(T))
+    assert torch.equal(y, x + 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000, 4097])
+def test_permute_is_a_shuffle(size):
+    seen = [tuple(permute(np.arange(size), size, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    for p in seen:
+        assert sorted(p) == list(range(size))
+    if size > 100:
+        assert len(set(seen)) == 4
+        for p in seen:  # like a random permutation: about one fixed point, neighbours far apart
+            assert sum(i == j for i, j in enumerate(p)) < 8
+            assert np.mean(np.abs(np.diff(p))) == pytest.approx(size / 3, rel=0.1)
+
+
+def test_permute_one_by_one_equals_all_at_once_at_any_size():
+    size = 10**13
+    index = np.array([0, 1, 5, 10**12, size - 1])
+    whole = permute(index, size, 1337, 3)
+    assert [int(permute(index[i : i + 1], size, 1337, 3)[0]) for i in range(5)] == whole.tolist()
+    assert (whole < size).all()
+    assert len(set(whole.tolist())) == 5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_window_once_an_epoch(shards, world_size, batch_size):
+    """As llm.c's loader test asks: over the ranks together every token comes exactly once in each epoch, and the order
+    of the next epoch differs. Steps that straddle two epochs included."""
+    windows = Windows(str(shards), "train", T)
+    rows = 2 * batch_size * world_size
+    epochs = 3
+    steps = -(-epochs * len(windows) // rows)
+    ranks = [train_batches(windows, 1, rows, batch_size, r, world_size, CPU, 1) for r in range(world_size)]
+    order = []
+    for _ in range(steps):
+        micro = [[next(batches) for _ in range(2)] for batches in ranks]
+        for m, r in itertools.product(range(2), range(world_size)):
+            x, y = micro[r][m]
+            assert x.shape == (batch_size, T)
+            assert torch.equal(y, x + 1)
+            order += x[:, 0].tolist()
+    whole = sorted(windows.read(np.arange(len(windows)))[0][:, 0].tolist())
+    passes = [order[e * len(whole) : (e + 1) * len(whole)] for e in range(epochs)]
+    for one in passes:
+        assert sorted(one) == whole
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert passes[0] != whole
+    for batches in ranks:
+        batches.close()
+
+
+def test_global_batch_is_the_same_on_any_number_of_processes(shards):
+    windows = Windows(str(shards), "train", T)
+
+    def step_five(world_size, batch_size):
+        got = []
+        ranks = [train_batches(windows, 7, 12, batch_size, r, world_size, CPU, 5) for r in range(world_size)]
+        for _ in range(12 // (world_size * batch_size)):
+            got += [next(batches)[0] for batches in ranks]
+        return torch.cat(got)
+
+    straight = train_batches(windows, 7, 12, 12, 0, 1, CPU, 1)
+    fifth = list(itertools.islice(straight, 5))[4][0]
+    for world_size, batch_size in [(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (4, 1)]:
+        assert torch.equal(step_five(world_size, batch_size), fifth)
+
+
+def test_a_step_may_hold_several_epochs():
+    counts = np.bincount(step_windows(1, 35, 10, seed=0), minlength=10)
+    assert counts.sum() == 35
+    assert counts.min() >= 3
+    assert counts.max() <= 4
+
+
+@pytest.mark.parametrize(("val_tokens", "count"), [(T, 1), (5 * T + 3, 5), (10**9, 12)])
+def test_val_windows_are_the_same_whatever_the_batch(shards, val_tokens, count):
+    windows = Windows(str(shards), "val", T)
+    for world_size, batch_size in [(1, 1), (1, 5), (2, 2), (3, 4), (4, 16)]:
+        got = [
+            x for r in range(world_size) for x, _ in val_batches(windows, val_tokens, batch_size, r, world_size, CPU)
+        ]
+        starts = sorted(torch.cat(got)[:, 0].tolist())
+        assert starts == [1000 + i * T for i in range(count)]
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    good = tmp_path / "x_train_000000.bin"
+    write_shard(good, range(100))
+    data = good.read_bytes()
+    for damaged in (data[:-2], data + b"\0\0", b"\0" + data[1:], data[:8], b"", np.arange(300).tobytes()):
+        good.write_bytes(damaged)
+        with pytest.raises(UserError, match="x_train_000000"):
+            Windows(str(tmp_path), "train", T)
+
+
+def test_missing_data_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_meta(str(tmp_path / "none"))
+    assert read_meta(str(tmp_path)) == {}
+    with pytest.raises(UserError, match="no train shards"):
+        Windows(str(tmp_path), "train", T)
+    write_shard(tmp_path / "x_train_000000.bin", range(T))
+    with pytest.raises(UserError, match="the largest has 8"):
+        Windows(str(tmp_path), "train", T)
+
+
+def test_the_datas_tokenizer(tmp_path):
+    assert data_tokenizer(str(tmp_path), {}, 50304) == "gpt2"
+    assert data_tokenizer(str(tmp_path), {}, 1000) is None
+    assert data_tokenizer(str(tmp_path), {"tokenizer": "bytes"}, 257) == "bytes"
+    (tmp_path / "own.json").write_text("{}")
+    assert data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300) == "{}"
+
+
+def test_more_shards_than_open_files(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for i in range(150):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", [random.randrange(9) for _ in range(20)])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        assert len(Windows(str(tmp_path), "train", T)) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

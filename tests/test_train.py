@@ -1,0 +1,299 @@
+"""The training script, end to end."""
+
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODEL, ROOT, TRAIN, call, metrics, run
+
+from dataloader import Windows, step_windows
+from model import GPT, GPTConfig
+
+
+def train(data_dir, out_dir, *args, processes=None):
+    args = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *TRAIN, *args]
+    return run("train_gpt2.py", *args, processes=processes) if processes else call("train_gpt2.py", *args)
+
+
+def losses(out_dir):
+    return {r["step"]: r["loss"] for r in metrics(out_dir, "train")}
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir, tmp_path_factory):
+    """One run of 20 steps that others are compared with; float32, one process, micro-batches of 2."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(data_dir, out, "--max_steps=20", "--keep_checkpoints=0", "--checkpoint_interval=10")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_loop_against_one_written_by_hand(data_dir, straight):
+    """Same data, model and steps in a dozen lines of plain torch: the recorded numbers are what they claim to be."""
+    out, _ = straight
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    windows = Windows(str(data_dir), "train", 32)
+    x, y = Windows(str(data_dir), "val", 32).read(range(2000 // 32))
+    with torch.no_grad():
+        val = {0: model(x, y).item()}
+    for step, record in enumerate(metrics(out, "train"), start=1):
+        loss = model(*windows.read(step_windows(step, 8, len(windows), 1337)))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = 3e-3 * step / 2 if step <= 2 else 6e-5 + (3e-3 - 6e-5) / 2 * (1 + math.cos(math.pi * (step - 3) / 18))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        with torch.no_grad():
+            val[step] = model(x, y).item()
+        assert record["step"] == step
+        assert record["tokens"] == 256 * step
+        assert record["lr"] == pytest.approx(lr)
+        assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert {r["step"]: r["val_loss"] for r in metrics(out, "val")} == pytest.approx(
+        {s: val[s] for s in (0, 5, 10, 15, 20)}, abs=1e-5
+    )
+
+
+def test_what_a_run_leaves(data_dir, straight):
+    out, done = straight
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt_000010.pt", "ckpt_000020.pt", "metrics.jsonl"]
+    (header,) = metrics(out, "run")
+    assert header["config"]["learning_rate"] == 3e-3
+    assert header["gpt_config"]["vocab_size"] == 257  # the data's, as none was given
+    assert header["parameters"] == sum(p.numel() for p in GPT(GPTConfig(**header["gpt_config"])).parameters())
+    assert header["world_size"] == 1
+    assert all(r["mfu"] is None for r in metrics(out, "train"))  # no guess for an unknown card
+    state = torch.load(out / "ckpt_000020.pt", weights_only=True)
+    assert {"model", "step", "gpt_config", "config", "tokenizer", "optimizers", "scaler", "best"} <= set(state)
+    assert (state["step"], state["tokenizer"]) == (20, "bytes")
+    GPT(GPTConfig(**state["gpt_config"])).load_state_dict(state["model"])  # clean names
+    line = r"step +20/20 \| loss \d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d\.\d{4} \| "
+    assert re.search(line + r"[\d.]+ ms \| [\d,]+ tok/s \| eta 0:00:00", done.stdout)
+    losses_ = losses(out)
+    assert losses_[20] < losses_[1] - 1
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(None, 1), (None, 8), (2, 4), (2, 1), (4, 2)])
+def test_same_losses_on_any_number_of_processes(data_dir, straight, tmp_path, processes, batch_size):
+    done = train(data_dir, tmp_path / "run", "--max_steps=20", f"--batch_size={batch_size}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-4)
+    for have, want in zip(metrics(tmp_path / "run", "val"), metrics(straight[0], "val"), strict=True):
+        # At step 0 the weights are the same to the bit, so only the order of the sums differs.
+        assert have["val_loss"] == pytest.approx(want["val_loss"], abs=1e-4 if have["step"] else 1e-6)
+    assert len(metrics(tmp_path / "run", "run")) == 1  # rank 0 alone writes
+
+
+@pytest.mark.parametrize("flags", [[], ["--optimizer=muon", "--dropout=0.2", "--pos=rope", "--mlp=swiglu"]])
+def test_resume_equals_a_straight_run(data_dir, tmp_path, flags):
+    a, b = tmp_path / "a", tmp_path / "b"
+    flags = [*flags, "--checkpoint_interval=5", "--keep_checkpoints=0", "--max_steps=12"]
+    assert train(data_dir, a, *flags).returncode == 0
+    shutil.copytree(a, b)
+    (b / "ckpt_000012.pt").unlink()
+    (b / "ckpt_000010.pt").write_bytes((a / "ckpt_000010.pt").read_bytes()[:-1000])  # killed while it was written
+    done = train(data_dir, b, *flags, "--resume=True")
+    assert done.returncode == 0, done.stderr
+    assert "ckpt_000010.pt is damaged" in done.stdout
+    assert losses(b) == losses(a)
+    assert metrics(b, "val") == metrics(a, "val")
+    x, y = (torch.load(p / "ckpt_000012.pt", weights_only=True) for p in (a, b))
+    for name in x["model"]:
+        assert torch.equal(x["model"][name], y["model"][name]), name
+    again = train(data_dir, b, *flags, "--resume=True")
+    assert again.returncode == 0
+    assert "is done" in again.stdout
+
+
+def test_resume_without_a_whole_checkpoint(data_dir, tmp_path):
+    out = tmp_path / "run"
+    assert train(data_dir, out, "--max_steps=2", "--resume=True").returncode == 0  # none at all: a fresh start
+    (out / "ckpt_000002.pt").write_bytes(b"half")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = train(data_dir, out, "--max_steps=2", "--resume=True")
+    assert done.returncode == 2
+    assert "no whole checkpoint" in done.stderr
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_run_is_never_overwritten(data_dir, straight):
+    before = {p.name: p.read_bytes() for p in straight[0].iterdir()}
+    done = train(data_dir, straight[0], "--max_steps=20")
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert {p.name: p.read_bytes() for p in straight[0].iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_0(data_dir, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), f"--data_dir={data_dir}", f"--out_dir={out}", *TRAIN]
+    process = subprocess.Popen([*command, "--max_steps=100000"], stdout=subprocess.PIPE, text=True)
+    while "step     3/" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume=True goes on" in rest
+    (event,) = metrics(out, "event")
+    (path,) = out.glob("ckpt_*.pt")
+    assert event == {"kind": "event", "event": "stopped", "step": event["step"], "signal": number.name}
+    assert torch.load(path, weights_only=True)["step"] == event["step"] == metrics(out, "train")[-1]["step"]
+
+
+def test_targets_end_a_run(data_dir, tmp_path):
+    for flag in ("--target_loss=4.5", "--target_val_loss=4.5"):
+        out = tmp_path / flag.strip("-")
+        assert train(data_dir, out, "--max_steps=500", flag).returncode == 0
+        last = metrics(out, "train")[-1]["step"]
+        assert 1 < last < 500
+        assert (out / f"ckpt_{last:06d}.pt").exists()
+        assert metrics(out, "val")[-1]["step"] == last
+        if flag.startswith("--target_loss"):
+            below = [step for step, loss in losses(out).items() if loss < 4.5]
+            assert below == [last]
+        else:
+            assert metrics(out, "val")[-1]["val_loss"] < 4.5 <= metrics(out, "val")[-2]["val_loss"]
+        again = train(data_dir, out, "--max_steps=500", flag, "--resume=True")
+        assert (again.returncode, "is done" in again.stdout) == (0, True)
+
+
+def test_epochs(data_dir, tmp_path):
+    done = train(data_dir, tmp_path / "run", "--epochs=0.2", "--val_interval=0")
+    assert done.returncode == 0, done.stderr
+    n = len(Windows(str(data_dir), "train", 32))
+    assert metrics(tmp_path / "run", "train")[-1]["step"] == int(0.2 * n / 8)
+
+
+def test_samples_and_their_interval_leave_the_run_undisturbed(data_dir, straight, tmp_path):
+    flags = ["--max_steps=20", "--sample_interval=10", "--sample_start=the ", "--val_interval=0"]
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    samples = metrics(tmp_path / "run", "sample")
+    assert [s["step"] for s in samples] == [0, 10, 20]
+    assert all(s["text"].startswith("the ") for s in samples)
+    assert losses(tmp_path / "run") == losses(straight[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_follows_float32(data_dir, straight, tmp_path, dtype):
+    done = train(data_dir, tmp_path / "run", "--max_steps=20", f"--dtype={dtype}")
+    assert done.returncode == 0, done.stderr
+    ours = losses(tmp_path / "run")
+    if dtype == "bfloat16":
+        assert ours == pytest.approx(losses(straight[0]), abs=0.05)
+        assert ours != losses(straight[0])
+    else:  # the scaler may skip its first steps while it finds its scale
+        assert ours[20] == pytest.approx(losses(straight[0])[20], abs=0.2)
+        state = torch.load(tmp_path / "run" / "ckpt_000020.pt", weights_only=True)
+        assert state["scaler"]["scale"] > 0
+
+
+def test_init_from_another_run(data_dir, straight, tmp_path):
+    out = straight[0]
+    flags = ["--max_steps=1", f"--init_from={out}"]
+    done = train(data_dir, tmp_path / "a", *flags)
+    assert done.returncode == 0, done.stderr
+    first, last = metrics(tmp_path / "a", "val")[0], metrics(out, "val")[-1]
+    assert first["val_loss"] == pytest.approx(last["val_loss"], abs=1e-6)
+    done = train(data_dir, tmp_path / "b", *flags, "--vocab_size=300", "--block_size=16", "--dropout=0.1")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "b", "run")[0]["gpt_config"]["vocab_size"] == 300
+    done = train(data_dir, tmp_path / "c", *flags, "--n_layer=3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "n_layer" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_steps_without_a_finite_gradient_are_skipped_then_given_up(data_dir, straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    (out / "ckpt_000010.pt").unlink()
+    state = torch.load(out / "ckpt_000020.pt", weights_only=True)
+    state["model"]["h.0.mlp.c_fc.bias"][0] = math.nan
+    torch.save(state, out / "ckpt_000020.pt")
+    done = train(data_dir, out, "--max_steps=100", "--resume=True", "--checkpoint_interval=1")
+    assert done.returncode == 3
+    events = metrics(out, "event")
+    assert [e["event"] for e in events[-21:]] == ["skipped step"] * 20 + ["gave up"]
+    assert all(r["loss"] is None for r in metrics(out, "train") if r["step"] > 20)
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+def test_shards_without_meta(data_dir, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(data_dir, shards)
+    (shards / "meta.json").unlink()
+    done = train(shards, tmp_path / "run", "--max_steps=1", "--vocab_size=320")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "run" / "ckpt_000001.pt", weights_only=True)["tokenizer"] is None
+    done = train(shards, tmp_path / "other", "--max_steps=1", "--vocab_size=320", "--sample_interval=1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_size=3"], "total_batch_size"),
+        (["--seq_len=64"], "block_size"),
+        (["--val_tokens=10"], "val_tokens"),
+        (["--vocab_size=100"], "vocab_size"),
+        (["--data_dir=nowhere"], "nowhere"),
+        (["--init_from=nowhere"], "nowhere"),
+        (["--device=cuda:99"], "cuda"),
+        (["--device=gpu"], "device"),
+        (["--epochs=0.0001"], "epochs"),
+        (["--max_steps=0"], "max_steps"),
+        (["--min_lr=1"], "min_lr"),
+        (["--n_head=5"], "n_head"),
+        (["config/gpt2_124n.py"], "gpt2_124m.py"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(data_dir, tmp_path, flags, said):
+    done = train(data_dir, tmp_path / "run", *flags)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_under_torchrun_ends_all_processes(data_dir, straight):
+    done = train(data_dir, straight[0], "--max_steps=20", processes=2)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("already holds a run") == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_with_evaluation_equals_eager(data_dir, straight, tmp_path):
+    done = train(data_dir, tmp_path / "run", "--max_steps=6", "--compile=True", "--n_layer=1", "--batch_size=8")
+    assert done.returncode == 0, done.stderr
+    eager = train(data_dir, tmp_path / "eager", "--max_steps=6", "--n_layer=1", "--batch_size=8")
+    assert eager.returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    assert not any(
+        "_orig_mod" in name for name in torch.load(tmp_path / "run/ckpt_000006.pt", weights_only=True)["model"]
+    )
+
+
+def test_as_a_user_runs_it(data_dir, tmp_path):
+    """From a shell, in any folder, with a config file and a flag."""
+    (tmp_path / "mine.py").write_text("".join(f"{flag[2:]}\n" for flag in MODEL) + "device = 'cpu'\ncompile = False\n")
+    flags = ["--batch_size=2", "--total_batch_size=64", "--max_steps=1", "--val_interval=0", f"--data_dir={data_dir}"]
+    done = run("train_gpt2.py", "mine.py", *flags, "--out_dir=a run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a run" / "ckpt_000001.pt").exists()
+    wrong = run("train_gpt2.py", "mine.py", "--learning_rat=1", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "learning_rate" in wrong.stderr
