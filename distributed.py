@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configurator import UserError
 
-# Dense tensor-core peak in FLOP/s, bf16 (V100 and T4: fp16), from NVIDIA's data sheets. The first name that fits counts.
+# Dense tensor-core peak in FLOP/s, bf16 (V100, T4: fp16), from NVIDIA's data sheets. The first name that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A40": 150e12,
     "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12,

@@ -283,13 +283,12 @@ def sample_token(
     """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1.0:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before a token already reaches top_p
-        probs = probs.scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    ids = None
+    if top_k is not None or top_p is not None:  # the candidates alone, likeliest first: cheaper than all of V
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before a token already reaches top_p
+        probs = probs.masked_fill(outside, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
