@@ -73,14 +73,15 @@ def newest_whole(out_dir: str) -> Path | None:
     return None
 
 
-def same_model(saved: dict, asked: GPTConfig, path: Path) -> GPTConfig:
-    """The architecture to resume with: the checkpoint's, with dropout as asked. Raises UserError where they differ."""
+def same_model(saved: dict, asked: GPTConfig, given: Collection[str], path: Path) -> GPTConfig:
+    """The architecture to resume with: the checkpoint's, with dropout as asked. Raises UserError where what was given
+    says otherwise."""
     theirs = GPTConfig(**saved["gpt_config"])
     for field in dataclasses.fields(GPTConfig):
         name, want, have = field.name, getattr(asked, field.name), getattr(theirs, field.name)
-        if want != have and name != "dropout":
+        if name in given and want != have and name != "dropout":
             raise UserError(f"{name} = {want}, but {path} has {have}; resume with the same model")
-    return dataclasses.replace(theirs, dropout=asked.dropout)
+    return dataclasses.replace(theirs, dropout=asked.dropout if "dropout" in given else theirs.dropout)
 
 
 def starting_weights(path: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:

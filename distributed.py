@@ -11,12 +11,28 @@ from torch import Tensor
 
 from configurator import UserError
 
-# Dense tensor-core peak in FLOP/s, bf16 (V100, T4: fp16), from NVIDIA's data sheets. The first name that fits counts.
+# Dense tensor-core peak in FLOP/s by the name that torch reports, from NVIDIA's data sheets: bf16, on V100 and T4 fp16.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A40": 150e12,
-    "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}  # fmt: skip
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A40": 150e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100-SXM2-32GB": 125e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "Tesla T4": 65e12,
+    "NVIDIA GeForce RTX 5090": 210e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
 
 
 class World:
@@ -107,6 +123,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def hardware(device: torch.device) -> tuple[str, float | None]:
-    """The device's name and its peak FLOP/s, None where the table above does not know it."""
+    """The device's name and its peak FLOP/s; None for one that is not in the table above: a guess would mislead."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name, next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    return name, PEAK_FLOPS.get(name)

@@ -112,7 +112,7 @@ def main() -> int:
     saved, weights = None, None
     if resume_path:
         saved = checkpoint.load(resume_path)
-        gpt_config, weights = checkpoint.same_model(saved, gpt_config, resume_path), saved["model"]
+        gpt_config, weights = checkpoint.same_model(saved, gpt_config, given, resume_path), saved["model"]
     elif config.init_from != "scratch":
         gpt_config, weights = checkpoint.starting_weights(
             config.init_from, gpt_config, given, meta.get("vocab_size", 0)
@@ -262,14 +262,13 @@ def main() -> int:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf).item()  # the step's one wait
-        if math.isfinite(norm) or scaler.is_enabled():  # the scaler itself skips what is not finite
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                scaler.step(optimizer)
-            scaler.update()
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if math.isfinite(norm):  # one bad gradient anywhere spoils the clipped gradients everywhere
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        scaler.update()
 
         loss = loss.item()
         non_finite = 0 if math.isfinite(norm) else non_finite + 1

@@ -217,6 +217,18 @@ def test_init_from_another_run(data_dir, straight, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_resumed_model_is_the_checkpoints(data_dir, straight, tmp_path):
+    out = tmp_path / "run"
+    assert train(data_dir, out, "--max_steps=1", f"--init_from={straight[0]}", "--dropout=0.1").returncode == 0
+    flags = [f"--data_dir={data_dir}", f"--out_dir={out}", *TRAIN[len(MODEL) :], "--max_steps=2", "--resume=True"]
+    assert call("train_gpt2.py", *flags).returncode == 0  # without a word of its shape
+    state = torch.load(out / "ckpt_000002.pt", weights_only=True)
+    assert (state["gpt_config"]["n_layer"], state["gpt_config"]["dropout"]) == (2, 0.1)
+    done = call("train_gpt2.py", *flags, "--max_steps=3", "--n_layer=3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "n_layer" in done.stderr
+
+
 def test_steps_without_a_finite_gradient_are_skipped_then_given_up(data_dir, straight, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight[0], out)

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from configurator import UserError
+from distributed import PEAK_FLOPS, World, hardware, pick_device, pick_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_alone():
+    world = World("cpu")
+    assert (world.rank, world.size, world.is_main, world.device) == (0, 1, True, CPU)
+    assert world.sum([1.5, 2.0]) == [1.5, 2.0]
+    assert world.mean_(torch.tensor(3.0)).item() == 3.0
+    assert world.agree(lambda: "x") == "x"
+    model = torch.nn.Linear(2, 2)
+    assert world.wrap(model) is model
+
+
+SCRIPT = """
+import sys, torch
+from configurator import UserError
+from distributed import World
+world = World("cpu")
+assert world.size == 3
+assert world.sum([world.rank, 10.0**15 + world.rank]) == [3.0, 3 * 10.0**15 + 3]
+assert world.mean_(torch.tensor([float(world.rank)])).item() == 1.0
+calls = []
+assert world.agree(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
+assert calls == ([1] if world.rank == 0 else [])  # rank 0 alone decides
+def mistake():
+    raise UserError("what rank 0 saw")
+try:
+    world.agree(mistake)
+except UserError as error:
+    assert str(error) == "what rank 0 saw"
+else:
+    sys.exit("no error")
+torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
+model = torch.nn.Linear(3, 1, bias=False)
+wrapped = world.wrap(model)
+xs = [torch.full((2, 3), float(world.rank + k)) for k in range(2)]
+for k, x in enumerate(xs):
+    world.sync_gradients(wrapped, on=k == 1)
+    wrapped(x).sum().backward()
+want = sum(2.0 * (r + k) for r in range(3) for k in range(2)) / 3
+assert torch.allclose(model.weight.grad, torch.full((1, 3), want)), model.weight.grad
+world.close()
+print("fine", world.rank)
+"""
+
+
+def test_three_processes(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py")], env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fine") == 3
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        assert pick_device("auto").type in ("cpu", "mps")
+    for wrong in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=wrong):
+            pick_device(wrong)
+
+
+def test_dtypes():
+    assert pick_dtype("auto", CPU) == torch.float32
+    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_no_peak_is_guessed(monkeypatch):
+    assert hardware(CPU) == ("cpu", None)
+    for name, peak in [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert hardware(torch.device("cuda", 0)) == (name, peak)
+    assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
