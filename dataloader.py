@@ -1,9 +1,8 @@
-"""Which tokens make up step s: the shard format, the windows, and the batches of a run.
+"""Which tokens make up step s: the windows, and the batches of a run.
 
-A shard is llm.c's file: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that many
-uint16 token ids. A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from
-i * seq_len. All windows of all shards are shuffled together once an epoch, and the windows of step s are a pure
-function of (seed, s): nothing has to be saved to resume, and the global batch is the same on any number of processes.
+A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from i * seq_len. All windows
+of all shards are shuffled together once an epoch, and the windows of step s are a pure function of (seed, s): nothing
+has to be saved to resume, and the global batch is the same on any number of processes.
 """
 
 import json
@@ -18,29 +17,14 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-
-
-def shard_header(num_tokens: int) -> bytes:
-    """The 1024 bytes in front of a shard's tokens."""
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = MAGIC, VERSION, num_tokens
-    return header.tobytes()
+from shards import HEADER_BYTES, shard_tokens
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, uint16 (n,), mapped from disk. Raises UserError where the file is not a whole shard."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
-    if head[0] != MAGIC or head[1] != VERSION:
-        raise UserError(f"{path}: not a token shard (its header is wrong); prepare the data with fineweb.py")
-    if size != HEADER_BYTES + 2 * head[2]:
-        raise UserError(f"{path}: {size} bytes, but its header says {head[2]} tokens; the file is cut or damaged")
+    size = HEADER_BYTES // 2 + shard_tokens(path)
     # torch closes the file once it is mapped (np.memmap does not: thousands of shards would exhaust the open files).
-    mapped = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
-    return mapped.numpy()[HEADER_BYTES // 2 :]
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
 
 def read_meta(data_dir: str) -> dict:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configurator import cli
-from dataloader import shard_header
+from shards import shard_header
 
 torch.set_num_threads(1)  # models this small are slower on two
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,27 @@
+# A modern 124M: RoPE, SwiGLU and RMSNorm in place of GPT-2's position table, GELU and LayerNorm; two epochs of 10B
+# tokens at three times the learning rate. config/gpt2_124m.py is its baseline.
+#     python fineweb.py config/data/fineweb_edu.py
+#     torchrun --nproc_per_node=8 train_gpt2.py config/gpt2_124m_modern.py
+out_dir = "out/gpt2_124m_modern"
+data_dir = "data/fineweb_edu10B"
+
+vocab_size = 50304
+pos = "rope"
+mlp = "swiglu"  # hidden width 2048 = 8/3 x 768
+norm = "rmsnorm"
+
+batch_size = 32
+total_batch_size = 524288
+max_steps = 38146  # two epochs
+
+learning_rate = 1.8e-3
+min_lr = 1.8e-4
+warmup_steps = 285
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+
+val_interval = 250
+sample_interval = 1000
+checkpoint_interval = 5000

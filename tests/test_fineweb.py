@@ -1,0 +1,521 @@
+import functools
+import gzip
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import call
+
+import fineweb
+import sources
+from configurator import UserError
+from fineweb import NEVER, Cursor, DataConfig
+from tokenizer import byte_alphabet, get_tokenizer
+
+SCRIPT = str(Path(fineweb.__file__))
+ENC = get_tokenizer("gpt2")
+ALPHABET = [
+    *"aZé中。か \n\t\u00a0',.!7½🙂_-\x1f",
+    "  ",
+    "\r\n",
+    "'s",
+    "e\u0301",
+    "word",
+    "another",
+    "it's",
+    "<|endoftext|>",
+]
+ALPHABET += ["x" * 9, " " * 20, "end ", "end, "]
+
+
+def random_text(seed, length=200):
+    return "".join(random.Random(seed).choices(ALPHABET, k=length))
+
+
+def documents(count=60):
+    return [random_text(seed, seed * 7 % 500) for seed in range(count)]  # the first is empty
+
+
+def write_rows(path, texts):
+    if path.suffix == ".parquet":
+        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+        return
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def tokens_of(texts, enc=ENC):
+    """The oracle: every document whole, after <|endoftext|>."""
+    return [token for text in texts for token in (enc.eot_token, *enc.encode_ordinary(text))]
+
+
+def words_of(texts):
+    return sum(len(text.strip().split(" ")) for text in texts)
+
+
+def read_shard(path):
+    header = np.fromfile(path, dtype="<i4", count=256)
+    tokens = np.fromfile(path, dtype="<u2", offset=1024)
+    assert header[:3].tolist() == [20240520, 1, len(tokens)]
+    assert not header[3:].any()
+    return tokens.tolist()
+
+
+def read_split(out_dir, split):
+    return [token for path in sorted(out_dir.glob(f"*_{split}_*.bin")) for token in read_shard(path)]
+
+
+def prepare(out_dir, **options):
+    fineweb.prepare(DataConfig(out_dir=str(out_dir), **{"num_proc": 1, **options}))
+    return json.loads((out_dir / "meta.json").read_text())
+
+
+def contents(out_dir):
+    return {path.name: path.read_bytes() for path in out_dir.iterdir()}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small pieces, batches and blocks, so that small data has many (workers are forks and inherit it)."""
+    monkeypatch.setattr(fineweb, "PIECE", 300)
+    monkeypatch.setattr(fineweb, "BATCH", 500)
+    monkeypatch.setattr(sources, "ROWS", 5)
+    monkeypatch.setattr(sources, "BLOCK", 1000)
+
+
+# Pieces
+
+
+def texts_of(*documents):
+    """What sources.read_texts yields of documents that come in several texts."""
+    texts = [(text, i == 0) for document in documents for i, text in enumerate(document)]
+    return [((0, place), *text) for place, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("chunk", [17, 50, 250, 10_000])
+def test_tokens_of_pieces_are_those_of_the_whole(monkeypatch, chunk):
+    monkeypatch.setattr(fineweb, "PIECE", 200)
+    for seed in range(100):
+        text = random_text(seed, 1000)
+        texts = texts_of([text[i : i + chunk] for i in range(0, len(text), chunk)])
+        pieces = [p for _, p in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER)]
+        assert "".join(piece.text for piece in pieces) == text
+        assert all(len(piece.text) < 600 for piece in pieces)
+        assert len(pieces) > 2
+        assert [piece.new for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+        assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert [token for piece in pieces for token in ENC.encode_ordinary(piece.text)] == ENC.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("cut", [NEVER, (2, 0), (2, 1300), (2, 601), (0, 0)])
+def test_batches_from_any_cursor_are_the_same(small, cut):
+    many = [random_text(seed, 30 * seed) for seed in range(20)]
+    documents = [[""], [random_text(1)], [random_text(2), *many, "", random_text(3)], [""], [random_text(4)] * 2]
+    texts = texts_of(*documents)
+
+    def read(start):
+        for (_, place), text, begins in texts[start:]:
+            last = place + 1 == len(texts) or texts[place + 1][2]
+            yield place, text, begins, last
+
+    source = sources.Source([("train", [read, read]), ("test", [read])], 6, "")
+    for size in (1, 1000):
+        fineweb.BATCH = size
+        batches = list(fineweb.make_batches(source, False, Cursor(), cut))
+        for i, batch in enumerate(batches):
+            assert list(fineweb.make_batches(source, False, batch.cursor, cut)) == batches[i:]
+        assert len(batches) > 10
+
+
+def test_a_text_without_a_safe_place_is_still_cut(small):
+    texts = texts_of([" " * 1000, " " * 500])
+    pieces = [piece for _, piece in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER)]
+    assert "".join(piece.text for piece in pieces) == " " * 1500
+    assert max(len(piece.text) for piece in pieces) < 900
+
+
+# Sources
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "dataset"])
+def test_every_kind_of_source(tmp_path, small, kind):
+    texts = documents()
+    source = tmp_path / "source"
+    source.mkdir()
+    options = {"files": f"{source}/**/*"}
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (source / f"{i:03}.txt").write_bytes(text.encode())
+    elif kind == "dataset":
+        for i in range(3):
+            write_rows(source / f"train-{i}.parquet", texts[i * 20 : i * 20 + 20])
+        options = {"dataset": str(source)}
+    else:
+        write_rows(source / f"0.{kind}", texts[:33])
+        (source / "deep").mkdir()
+        write_rows(source / "deep" / f"1.{kind}", texts[33:])
+        texts = texts[:33] + texts[33:]  # "0..." sorts before "deep"
+    meta = prepare(tmp_path / "out", shard_tokens=3000, **options)
+    val, train = read_split(tmp_path / "out", "val"), read_split(tmp_path / "out", "train")
+    assert val + train == tokens_of(texts)
+    assert len(val) == meta["val_tokens"] == 3000
+    assert len(train) == meta["train_tokens"]
+    assert meta["val_words"] + meta["train_words"] == words_of(texts)
+    assert meta["val_bytes"] + meta["train_bytes"] == sum(len(text.encode()) for text in texts)
+    assert meta["val_bytes"] == len(ENC.decode_bytes([token for token in val if token != ENC.eot_token]))
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    trains = [f"out_train_{i:06}.bin" for i in range(1, len(names) - 1)]
+    assert names == ["meta.json", *trains, "out_val_000000.bin"]
+    assert all(len(read_shard(tmp_path / "out" / name)) == 3000 for name in trains[:-1])
+
+
+def test_a_big_text_file_is_streamed(tmp_path):
+    text = "".join(random_text(seed, 3000) for seed in range(300))  # 3 MB: characters straddle the blocks it is read in
+    (tmp_path / "big.txt").write_text(text, encoding="utf-8", newline="")
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/big.txt", val_fraction=0.3)
+    at = int(Fraction(7, 10) * len(text))
+    assert read_split(tmp_path / "out", "train") == tokens_of([text[:at]])
+    assert read_split(tmp_path / "out", "val") == tokens_of([text[at:]])
+    assert (meta["train_words"], meta["val_words"]) == (words_of([text[:at]]), words_of([text[at:]]))
+
+
+def test_exclude_and_order(tmp_path):
+    for name in ("b.txt", "a.txt", "skip.txt", "c.log"):
+        (tmp_path / name).write_text(name)
+    prepare(tmp_path / "out", files=f"{tmp_path}/*.*", exclude="*/skip*, *.log", val_fraction=0.5)
+    assert read_split(tmp_path / "out", "train") == tokens_of(["a.txt"])
+    assert read_split(tmp_path / "out", "val") == tokens_of(["b.txt"])
+
+
+def test_join(tmp_path, small):
+    rows = ["", " = Title = \n", "", " text without newline", "  \n", *documents(20)]
+    text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
+    (tmp_path / "source").mkdir()
+    write_rows(tmp_path / "source" / "train.parquet", rows)
+    write_rows(tmp_path / "source" / "test.parquet", rows[:4])
+    options = {"dataset": str(tmp_path / "source"), "join": True}
+    meta = prepare(tmp_path / "out", val_split="test", **options)
+    assert read_split(tmp_path / "out", "train") == tokens_of([text])
+    assert read_split(tmp_path / "out", "val") == tokens_of(["\n = Title = \n\n text without newline\n"])
+    assert meta["train_words"] == words_of([text])
+    prepare(tmp_path / "out2", val_fraction=0.25, **options)
+    assert read_split(tmp_path / "out2", "train") == tokens_of([text[: len(text) * 3 // 4]])
+    assert read_split(tmp_path / "out2", "val") == tokens_of([text[len(text) * 3 // 4 :]])
+    (tmp_path / "a.txt").write_bytes(b"one")
+    write_rows(tmp_path / "b.jsonl", ["two", "three\n"])
+    prepare(tmp_path / "out3", files=f"{tmp_path}/?.*", join=True, val_fraction=0.5)
+    assert read_split(tmp_path / "out3", "train") == tokens_of(["one\ntwo"])
+    assert read_split(tmp_path / "out3", "val") == tokens_of(["\nthree\n"])
+
+
+def test_url(tmp_path):
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "input.txt").write_text("one two three four")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    handler.func.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        prepare(tmp_path / "out", url=f"{url}/input.txt", tokenizer="bytes", val_fraction=0.5)
+        with pytest.raises(UserError, match="404"):
+            prepare(tmp_path / "out2", url=f"{url}/nothere.txt", val_fraction=0.5)
+        server.shutdown()
+    assert read_split(tmp_path / "out", "train") == [256, *b"one two t"]
+    assert read_split(tmp_path / "out", "val") == [256, *b"hree four"]
+
+
+# Validation
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("count", "fraction", "trains"), [(10, 0.1, 9), (10, 0.9, 1), (7, 0.1, 6)])
+def test_val_fraction(tmp_path, small, count, fraction, trains, kind):
+    texts = [random_text(seed, 1000) for seed in range(count)]
+    write_rows(tmp_path / f"a.{kind}", texts)
+    prepare(tmp_path / "out", files=f"{tmp_path}/a.{kind}", val_fraction=fraction)
+    assert read_split(tmp_path / "out", "train") == tokens_of(texts[:trains])
+    assert read_split(tmp_path / "out", "val") == tokens_of(texts[trains:])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_val_fraction_of_a_single_document(tmp_path, small, kind):
+    text = random_text(0, 3000)
+    write_rows(tmp_path / f"a.{kind}", [text])
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.{kind}", val_fraction=0.3)
+    at = int(Fraction(7, 10) * len(text))
+    assert read_split(tmp_path / "out", "train") == tokens_of([text[:at]])
+    assert read_split(tmp_path / "out", "val") == tokens_of([text[at:]])
+    assert (meta["train_words"], meta["val_words"]) == (words_of([text[:at]]), words_of([text[at:]]))
+
+
+def test_val_shards_and_splits(tmp_path, small):
+    texts = documents()
+    (tmp_path / "source").mkdir()
+    write_rows(tmp_path / "source" / "train.parquet", texts[:30])
+    write_rows(tmp_path / "source" / "test.parquet", texts[30:])
+    options = {"dataset": str(tmp_path / "source"), "split": "train+test"}
+    prepare(tmp_path / "out", val_shards=2, shard_tokens=2000, **options)
+    assert read_split(tmp_path / "out", "val") == tokens_of(texts)[:4000]
+    assert read_split(tmp_path / "out", "train") == tokens_of(texts)[4000:]
+    assert not (tmp_path / "out" / "out_train_000001.bin").exists()
+    assert (tmp_path / "out" / "out_train_000002.bin").exists()
+
+
+# Endings
+
+
+def test_own_tokenizer_goes_with_the_shards(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    hf.train_from_iterator(documents(), trainer)
+    hf.save(str(tmp_path / "own.json"))
+    write_rows(tmp_path / "a.jsonl", documents())
+    meta = prepare(
+        tmp_path / "out", files=f"{tmp_path}/a.jsonl", tokenizer=str(tmp_path / "own.json"), val_fraction=0.5
+    )
+    assert meta["tokenizer"] == "tokenizer.json"
+    enc = get_tokenizer(str(tmp_path / "out" / "tokenizer.json"))
+    assert read_split(tmp_path / "out", "train") == tokens_of(documents()[:30], enc)
+
+
+def test_half_a_surrogate_pair(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ["a\ud83d b", "c"])
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
+    assert read_split(tmp_path / "out", "train") == tokens_of(["a\ufffd b"])
+    assert meta["train_bytes"] == 6
+
+
+def test_processes_do_not_matter(tmp_path, small):
+    write_rows(tmp_path / "a.jsonl", documents())
+    for n in (1, 3):
+        prepare(tmp_path / f"{n}" / "out", files=f"{tmp_path}/a.jsonl", shard_tokens=1000, num_proc=n)
+    assert contents(tmp_path / "1" / "out") == contents(tmp_path / "3" / "out")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "dataset", "joined"])
+def test_stopped_anywhere_and_resumed_is_the_same(tmp_path, small, monkeypatch, kind):
+    texts = documents(30)
+    (tmp_path / "source").mkdir()
+    options = {"files": f"{tmp_path}/source/*", "val_fraction": 0.13}
+    if kind == "jsonl":
+        write_rows(tmp_path / "source" / "a.jsonl", texts)
+        options = {"files": f"{tmp_path}/source/*", "val_shards": 3}
+    elif kind == "txt":
+        (tmp_path / "source" / "a.txt").write_bytes("".join(texts).encode())
+        (tmp_path / "source" / "b.txt").write_bytes("\n".join(texts).encode())
+    else:
+        write_rows(tmp_path / "source" / "train-0.parquet", texts[:13])
+        write_rows(tmp_path / "source" / "train-1.parquet", texts[13:])
+        options = {"dataset": str(tmp_path / "source"), "val_fraction": 0.13, "join": kind == "joined"}
+    prepare(tmp_path / "straight" / "out", shard_tokens=900, **options)
+    real, left = os.replace, 0
+
+    def replace(source, target):  # dies before or after a file appears
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        real(source, target)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    out, deaths = tmp_path / "killed" / "out", 0
+    monkeypatch.setattr(os, "replace", replace)
+    while not (out / "meta.json").exists():
+        left = 3 + deaths % 7
+        try:
+            prepare(out, shard_tokens=900, **options)
+        except Killed:
+            deaths += 1
+            assert deaths < 100
+    assert deaths > 3
+    assert not list(out.glob("*.tmp"))
+    straight = contents(tmp_path / "straight" / "out")
+    assert len(straight) > 5
+    assert {k: v for k, v in contents(out).items() if k != "progress.json"} == straight
+
+
+def start(*options):
+    command = [sys.executable, SCRIPT, "--num_proc=2", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_shards(process, out_dir, count):
+    while process.poll() is None and len(list(out_dir.glob("*.bin"))) < count:
+        time.sleep(0.002)
+
+
+def test_killed_processes_leave_nothing_behind(tmp_path):
+    write_rows(tmp_path / "a.jsonl", documents() * 60)
+    options = [f"--files={tmp_path}/a.jsonl", "--shard_tokens=20000"]
+    assert call("fineweb.py", *options, f"--out_dir={tmp_path}/straight/out", "--num_proc=1").returncode == 0
+    out = tmp_path / "killed" / "out"
+    options.append(f"--out_dir={out}")
+    for shards in (1, 6):
+        process = start(*options)
+        wait_for_shards(process, out, shards)
+        process.kill()
+        process.communicate(timeout=20)  # which waits for the workers too: they hold the pipes
+    assert len(list(out.glob("*.bin"))) < len(list((tmp_path / "straight" / "out").glob("*.bin")))
+    assert call("fineweb.py", *options, "--num_proc=1").returncode == 0
+    assert contents(out) == contents(tmp_path / "straight" / "out")
+    assert "complete" in call("fineweb.py", *options).stdout
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_a_second_process_is_refused_and_an_interrupt_is_one_line(tmp_path, kind):
+    (tmp_path / "source").mkdir()
+    write_rows(tmp_path / "source" / "train.parquet", documents() * 100)
+    where = {"files": f"--files={tmp_path}/source/*", "dataset": f"--dataset={tmp_path}/source"}[kind]
+    options = [where, f"--out_dir={tmp_path}/out", "--shard_tokens=5000"]
+    process = start(*options)
+    wait_for_shards(process, tmp_path / "out", 1)
+    os.killpg(process.pid, signal.SIGSTOP)
+    second = call("fineweb.py", *options, "--num_proc=1")
+    os.killpg(process.pid, signal.SIGCONT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: to all
+    _, error = process.communicate(timeout=20)
+    assert second.returncode == 2
+    assert "another process" in second.stderr
+    assert process.returncode == 130
+    assert [line for line in error.splitlines() if "tok" not in line] == ["interrupted; run the same command to go on"]
+
+
+def test_a_dead_worker_is_an_error(tmp_path, small, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    monkeypatch.setattr(fineweb, "encode", die)
+    result = call("fineweb.py", f"--files={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out", "--num_proc=1")
+    assert result.returncode == 2
+    assert "worker process died" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def die(pieces):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Mistakes
+
+
+@pytest.fixture(scope="module")
+def big_tokenizer(tmp_path_factory):
+    """A file with a token for every pair of bytes."""
+    path = tmp_path_factory.mktemp("big") / "big.json"
+    merges = [[a, b] for a in byte_alphabet() for b in byte_alphabet()]
+    vocab = {token: i for i, token in enumerate([*byte_alphabet(), *map("".join, merges), "<|endoftext|>"])}
+    data = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": []}
+    data["added_tokens"].append({"content": "<|endoftext|>", "id": len(vocab) - 1})
+    data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").mkdir()
+    write_rows(tmp_path / "source" / "train.parquet", documents(5))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x_train_000001.bin").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"files": "{}/nothere/*"}, "no file"),
+        ({"files": "{}/latin.txt"}, "byte 3"),
+        ({"files": "{}/broken.jsonl"}, "line at byte 14"),
+        ({"files": "{}/number.jsonl"}, "text_column"),
+        ({"files": "{}/broken.parquet"}, "broken.parquet"),
+        ({"files": "{}/source/*", "text_column": "txt"}, "did you mean text"),
+        ({"files": "{}/source/*", "text_column": "id"}, "int64"),
+        ({"files": "{}/source/*"}, "no text is left for train"),
+        ({"files": "{}/source/*", "tokenizer": "gtp2"}, "did you mean gpt2"),
+        ({"url": "http://127.0.0.1:9/nothere", "tokenizer": "gtp2"}, "did you mean gpt2"),
+        ({"files": "{}/source/*", "tokenizer": "BIG"}, "65,793 ids"),
+        ({"files": "{}/source/*", "out_dir": "{}/foreign"}, "did not make"),
+        ({"dataset": "{}/source", "text_column": "txt"}, "did you mean text"),
+        ({"dataset": "{}/source", "val_split": "test"}, "Available splits"),
+        ({"dataset": "{}/source", "split": "nothere"}, "Available splits"),
+        ({"dataset": "{}/source", "subset": "nothere"}, "nothere"),
+        ({"dataset": "{}/nothere"}, "nothere"),
+        ({"url": "http://127.0.0.1:9/nothere"}, "127.0.0.1"),
+        ({"url": "nothere"}, "nothere"),
+    ],
+)
+def test_mistakes(source, options, message, big_tokenizer):
+    options = {name: value.format(source).replace("BIG", str(big_tokenizer)) for name, value in options.items()}
+    out_dir = Path(options.pop("out_dir", source / "out"))
+    with pytest.raises(UserError, match=message) as error:
+        prepare(out_dir, **options)
+    assert "\n" not in str(error.value)
+    assert out_dir.name == "foreign" or out_dir.exists() == ("no text is left" in message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"files": "a", "url": "b"}, "files and url"),
+        ({"files": "a", "val_split": "test"}, "val_split"),
+        ({"dataset": "a", "val_split": "test", "val_fraction": 0.1}, "val_split and val_fraction"),
+        ({"dataset": "a", "val_fraction": 1.0}, "val_fraction"),
+        ({"dataset": "a", "shard_tokens": 0}, "shard_tokens"),
+        ({"dataset": "a", "exclude": "b"}, "exclude"),
+        ({"dataset": "a", "out_dir": None}, "out_dir"),
+    ],
+)
+def test_settings_that_contradict(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"out_dir": "out", **options})
+
+
+def test_another_setting_or_source_in_the_same_folder(source):
+    options = {"files": f"{source}/source/*", "val_fraction": 0.5}
+    prepare(source / "out", **options)
+    with pytest.raises(UserError, match="tokenizer=gpt2, not bytes"):
+        prepare(source / "out", tokenizer="bytes", **options)
+    (source / "out" / "meta.json").rename(source / "out" / "progress.json")  # as if it had been killed before the end
+    write_rows(source / "source" / "train.parquet", documents(6))
+    progress = json.loads((source / "out" / "progress.json").read_text())
+    (source / "out" / "progress.json").write_text(json.dumps({**progress, "shards": {}, "counts": {}}))
+    with pytest.raises(UserError, match="source"):
+        prepare(source / "out", **options)
+
+
+@pytest.mark.parametrize("options", [["--files={}/latin.txt"], ["--dataset={}/source", "--tokenizer=gtp2"]])
+def test_a_mistake_is_one_line_and_status_2(source, options):
+    options = [option.format(source) for option in options]
+    result = call("fineweb.py", *options, f"--out_dir={source}/out", "--num_proc=1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (source / "out").exists()

