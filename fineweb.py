@@ -214,7 +214,12 @@ def make_batches(source: Source, join: bool, begin: Cursor, cut: Cut) -> Iterato
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches to tokens, in worker processes, which alone load the tokenizer
 
-Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens (uint16); where in them each piece begins; words of each
+
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # uint16, of all pieces
+    starts: np.ndarray  # where in them each piece begins
+    words: np.ndarray  # of each piece
+    bytes: int  # of all pieces, in UTF-8
 
 
 def start_workers(num_proc: int, tokenizer: str) -> ProcessPoolExecutor:
@@ -254,18 +259,21 @@ def encode(pieces: list[Piece]) -> Encoded:
     The words of a document are len(text.strip().split(" ")), spread over its pieces.
     """
     _, encode_text, end_of_text = load_tokenizer()
-    parts, starts, words, count = [], [], [], 0
+    parts, starts, words, count, size = [], [], [], 0, 0
     for text, new, last in pieces:
         starts.append(count)
         stripped = text.lstrip() if new else text
         words.append((stripped.rstrip() if last else stripped).count(" ") + new)
         try:
-            ids = encode_text(text)
+            size += len(text.encode())
         except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
-            ids = encode_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            size += len(text.encode())
+        ids = encode_text(text)
         parts += [end_of_text, ids] if new else [ids]
         count += new + len(ids)
-    return np.concatenate(parts).astype(np.uint16), np.array(starts), np.array(words)
+    tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # no id is above 65,535
+    return Encoded(tokens, np.array(starts), np.array(words), size)
 
 
 def encode_all(pool: ProcessPoolExecutor, batches: Iterator[Batch], waiting: int) -> Iterator[tuple[Batch, Encoded]]:
@@ -308,7 +316,7 @@ class ShardWriter:
 
     def write(self, batch: Batch, encoded: Encoded, done: int) -> None:
         """Write a batch from its token `done` on."""
-        tokens, starts, words = encoded
+        tokens, starts, words, size = encoded
         shards, counts, val_shards = self.progress["shards"], self.progress["counts"], self.config.val_shards
         if self.file and not val_shards and self.split != batch.split:
             self.finish(batch.cursor, 0)
@@ -323,7 +331,8 @@ class ShardWriter:
             self.file.write(tokens[done:end])
             counts[f"{self.split}_tokens"] += end - done
             counts[f"{self.split}_words"] += int(words[(starts >= done) & (starts < end)].sum())
-            counts[f"{self.split}_bytes"] += int(self.lengths[tokens[done:end]].sum())
+            whole = end - done == len(tokens)
+            counts[f"{self.split}_bytes"] += size if whole else int(self.lengths[tokens[done:end]].sum())
             self.count += end - done
             done = end
             if self.count == self.config.shard_tokens:
@@ -408,6 +417,7 @@ def prepare(config: DataConfig) -> None:
         description = pool.submit(describe_tokenizer)
         if config.dataset:
             import_datasets()  # half a second, in which a worker loads the tokenizer
+        start = time.perf_counter()
         name, vocab_size, lengths = description.result()
         if vocab_size > 2**16:
             raise UserError(f"tokenizer {config.tokenizer} has {vocab_size:,} ids, but shards of uint16 hold 65,536")
@@ -430,7 +440,7 @@ def prepare(config: DataConfig) -> None:
             path.unlink()
         write_json(out_dir / "progress.json", progress)
         encoded = encode_all(pool, chain([first] if first else [], batches), 8 * num_proc)
-        write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source.documents)
+        write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source.documents, start)
         write_meta(out_dir, tokenizer, vocab_size, progress)
     counts = progress["counts"]
     print(f"{out_dir}: {sum(progress['shards'].values())} shards, ", end="")
@@ -438,8 +448,10 @@ def prepare(config: DataConfig) -> None:
     print(f"next: python train_gpt2.py --data_dir={config.out_dir}")
 
 
-def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, documents: int | None) -> None:
-    """All batches into shards, with a progress bar. Raises UserError if a split stays empty."""
+def write_all(
+    results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, documents: int | None, start: float
+) -> None:
+    """All batches into shards, with a progress bar, timed from `start` on. Raises UserError if a split stays empty."""
     from tqdm import tqdm
 
     counts, skip = writer.progress["counts"], writer.progress.get("skip", 0)
@@ -448,7 +460,7 @@ def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, doc
     def total(what: str) -> int:
         return counts[f"train_{what}"] + counts[f"val_{what}"]
 
-    start, bytes_before = time.perf_counter(), total("bytes")
+    bytes_before = total("bytes")
     with tqdm(unit="tok", unit_scale=True, initial=total("tokens"), mininterval=interval, delay=1) as bar:
         for batch, encoded in results:
             writer.write(batch, encoded, skip)

@@ -156,7 +156,9 @@ def main():
             print(f"round {i + 1} {name:12} {results[name][-1]}", flush=True)
     for name in who:
         median = statistics.median(r["seconds"] for r in results[name])
-        ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(results["ours"], results[name], strict=True))
+        ratio = statistics.median(
+            b["seconds"] / a["seconds"] for a, b in zip(results["ours"], results[name], strict=True)
+        )
         peak = max(r["peak_gb"] for r in results[name])
         print(f"{what:7} {name:12} {median:8.3f} s   {ratio:6.2f} x ours   peak {peak:.2f} GB")
 
