@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -64,6 +65,7 @@ def call(script, *args):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             cli(importlib.import_module(script.removesuffix(".py")).main)
     finally:
+        gc.enable()
         sys.argv = argv
         for number, handler in before.items():
             signal.signal(number, handler)

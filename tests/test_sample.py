@@ -7,7 +7,7 @@ from conftest import call, run
 
 import checkpoint
 from model import GPT, GPTConfig
-from sample import complete
+from sample import complete, speed_up
 from tokenizer import get_tokenizer
 
 
@@ -48,6 +48,17 @@ def test_start_from_a_file(folder, tmp_path):
     assert sample(folder, f"--start=FILE:{tmp_path / 'prompt.txt'}").stdout.startswith("Grüße,\n  Welt")
     done = sample(folder, "--start=FILE:missing.txt")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_speed_up_changes_the_layout_alone():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
+    idx = torch.randint(64, (3, 20))
+    before = model(idx)
+    speed_up(model)
+    assert model.h[0].mlp.c_fc.weight.stride() == (1, 128)
+    assert model.lm_head.weight is model.wte.weight
+    assert torch.allclose(model(idx), before, atol=1e-6)
 
 
 class Scripted:

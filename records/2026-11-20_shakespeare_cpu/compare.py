@@ -46,7 +46,7 @@ with torch.no_grad():
     losses = [model(a, b)[1].item() * len(a) for a, b in zip(x.split(64), y.split(64))]
 print(ckpt["iter_num"], sum(losses) / n)
 """
-    iteration, loss = run(["-c", script], folder).split()
+    iteration, loss = run(["-c", script], folder).splitlines()[-1].split()
     return {"seconds": seconds, "ms_per_step": usual * 1e3, "checkpoint": int(iteration), "val_loss": float(loss)}
 
 
