@@ -1,0 +1,6 @@
+# Tiny Shakespeare by characters (bytes: it is all ASCII): 1.1M tokens; the last tenth is validation.
+#     python fineweb.py config/data/shakespeare_char.py
+url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+tokenizer = "bytes"
+val_fraction = 0.1
+out_dir = "data/shakespeare_char"
