@@ -35,4 +35,5 @@ schedule = "linear"
 val_interval = 100
 val_tokens = 131072
 sample_interval = 350
+sample_start = "class "
 checkpoint_interval = 100
