@@ -33,6 +33,10 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    if "RANK" in os.environ:  # torchrun: gloo's threads outlive its group and now and then abort a Python that winds up
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

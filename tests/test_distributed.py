@@ -22,35 +22,39 @@ def test_alone():
 
 
 SCRIPT = """
-import sys, torch
-from configurator import UserError
+import torch
+from configurator import UserError, cli
 from distributed import World
-world = World("cpu")
-assert world.size == 3
-assert world.sum([world.rank, 10.0**15 + world.rank]) == [3.0, 3 * 10.0**15 + 3]
-assert world.mean_(torch.tensor([float(world.rank)])).item() == 1.0
-calls = []
-assert world.agree(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
-assert calls == ([1] if world.rank == 0 else [])  # rank 0 alone decides
+
 def mistake():
     raise UserError("what rank 0 saw")
-try:
-    world.agree(mistake)
-except UserError as error:
-    assert str(error) == "what rank 0 saw"
-else:
-    sys.exit("no error")
-torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
-model = torch.nn.Linear(3, 1, bias=False)
-wrapped = world.wrap(model)
-xs = [torch.full((2, 3), float(world.rank + k)) for k in range(2)]
-for k, x in enumerate(xs):
-    world.sync_gradients(wrapped, on=k == 1)
-    wrapped(x).sum().backward()
-want = sum(2.0 * (r + k) for r in range(3) for k in range(2)) / 3
-assert torch.allclose(model.weight.grad, torch.full((1, 3), want)), model.weight.grad
-world.close()
-print("fine", world.rank)
+
+def main():
+    world = World("cpu")
+    assert world.size == 3
+    assert world.sum([world.rank, 10.0**15 + world.rank]) == [3.0, 3 * 10.0**15 + 3]
+    assert world.mean_(torch.tensor([float(world.rank)])).item() == 1.0
+    calls = []
+    assert world.agree(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
+    assert calls == ([1] if world.rank == 0 else [])  # rank 0 alone decides
+    try:
+        world.agree(mistake)
+    except UserError as error:
+        assert str(error) == "what rank 0 saw"
+    else:
+        raise SystemExit("no error")
+    torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
+    model = torch.nn.Linear(3, 1, bias=False)
+    wrapped = world.wrap(model)
+    for k in range(2):
+        world.sync_gradients(wrapped, on=k == 1)
+        wrapped(torch.full((2, 3), float(world.rank + k))).sum().backward()
+    want = sum(2.0 * (r + k) for r in range(3) for k in range(2)) / 3
+    assert torch.allclose(model.weight.grad, torch.full((1, 3), want)), model.weight.grad
+    world.close()
+    print("fine", world.rank)
+
+cli(main)
 """
 
 
