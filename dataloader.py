@@ -32,7 +32,10 @@ def read_meta(data_dir: str) -> dict:
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
     path = Path(data_dir, "meta.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); prepare the data anew") from None
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
@@ -41,8 +44,10 @@ def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
     if name.endswith(".json"):
-        path = Path(data_dir, name)
-        return (path if path.exists() else Path(name)).read_text(encoding="utf-8")
+        paths = [path for path in (Path(data_dir, name), Path(name)) if path.exists()]
+        if not paths:
+            raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
+        return paths[0].read_text(encoding="utf-8")
     return name
 
 
