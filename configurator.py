@@ -181,8 +181,9 @@ def help_text(classes: typing.Iterable[type]) -> str:
         lines += ["", f"{cls.__name__}:"]
         for name, hint in typing.get_type_hints(cls).items():
             default = f"--{name}={cls.__dataclass_fields__[name].default}"
-            options = f"{_spell(hint)}; " if "Literal" in str(hint) else ""
-            lines.append(f"  {default:<36} {options}{comments.get(name, '')}".rstrip())
+            about = [_spell(hint)] if "Literal" in str(hint) else []
+            about += [comments[name]] if name in comments else []
+            lines.append(f"  {default:<36} {'; '.join(about)}".rstrip())
     return "\n".join(lines)
 
 
