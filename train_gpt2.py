@@ -193,6 +193,22 @@ def main() -> int:
     saved_step, non_finite = step, 0
     logged_step, logged_at = step, time.perf_counter()
 
+    def log_step() -> None:
+        nonlocal logged_step, logged_at
+        now = time.perf_counter()
+        dt = (now - logged_at) / (step - logged_step)
+        logged_step, logged_at = step, now
+        tokens_per_sec = config.total_batch_size / dt
+        mfu = model.flops_per_token(T) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
+        record(
+            "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
+            tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
+        )  # fmt: skip
+        say(
+            f"step {step:>5}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
+            f"{tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (max_steps - step))}"
+        )
+
     while True:
         # Between two steps: validation, samples, a checkpoint, or the end.
         pause = time.perf_counter()
@@ -239,9 +255,11 @@ def main() -> int:
                 }  # fmt: skip
                 say(f"saved {checkpoint.save(state, config.out_dir, config.keep_checkpoints, best['step'])}")
             saved_step = step
+        logged_at += time.perf_counter() - pause  # dt is of steps alone
+        if done and step > logged_step:
+            log_step()
         if done or stopping:
             break
-        logged_at += time.perf_counter() - pause  # dt is of steps alone
 
         # One step: the gradient of the whole batch, micro-batch by micro-batch, and an update.
         step += 1
@@ -284,21 +302,7 @@ def main() -> int:
             return 3
         target_reached = config.target_loss is not None and loss < config.target_loss
         if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
-            now = time.perf_counter()
-            dt = (now - logged_at) / (step - logged_step)
-            logged_step, logged_at = step, now
-            tokens_per_sec = config.total_batch_size / dt
-            mfu = model.flops_per_token(T) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
-            record(
-                "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
-                tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
-            )  # fmt: skip
-            say(
-                f"step {step:>5}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
-                f"{tokens_per_sec:,.0f} tok/s | "
-                + (f"mfu {mfu:.1%} | " if mfu else "")
-                + f"eta {clock(dt * (max_steps - step))}"
-            )
+            log_step()
 
     batches.close()
     if stopping and not done:

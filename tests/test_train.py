@@ -171,6 +171,14 @@ def test_targets_end_a_run(data_dir, tmp_path):
         assert (again.returncode, "is done" in again.stdout) == (0, True)
 
 
+def test_the_last_step_is_always_recorded(data_dir, tmp_path):
+    flags = ["--log_interval=100", "--max_steps=500", "--target_val_loss=5.4", "--val_interval=3"]
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    steps = [r["step"] for r in metrics(tmp_path / "run", "train")]
+    assert steps == [1, metrics(tmp_path / "run", "val")[-1]["step"]]
+    assert steps[1] % 100
+
+
 def test_epochs(data_dir, tmp_path):
     done = train(data_dir, tmp_path / "run", "--epochs=0.2", "--val_interval=0")
     assert done.returncode == 0, done.stderr
