@@ -50,11 +50,16 @@ class World:
             # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward averages gradients over all ranks."""
+    def wrap(self, model: nn.Module, *example: Tensor) -> nn.Module:
+        """The model whose backward averages gradients over all ranks. `example` are inputs that give a loss."""
         if not dist.is_initialized():
             return model
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # DDP regroups its buckets after the first backward pass, and with them the order in which ranks are summed.
+        # That pass is thrown away: otherwise a resumed run would differ from a straight one in the last bits.
+        wrapped(*example).backward()
+        model.zero_grad(set_to_none=True)
+        return wrapped
 
     def sync_gradients(self, wrapped: nn.Module, on: bool) -> None:
         """Whether the next backward averages gradients: only a step's last micro-batch has to."""

@@ -166,7 +166,9 @@ def main() -> int:
     del saved, weights
     if config.compile:
         model.compile()
-    wrapped = world.wrap(model)
+    example = torch.zeros(config.batch_size, T, dtype=torch.int64, device=device)
+    with autocast:
+        wrapped = world.wrap(model, example, example)
     batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
 
     log = Metrics(config.out_dir, step if resume_path else None) if world.is_main else None

@@ -18,7 +18,7 @@ def test_alone():
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.agree(lambda: "x") == "x"
     model = torch.nn.Linear(2, 2)
-    assert world.wrap(model) is model
+    assert world.wrap(model, torch.ones(1, 2)) is model
 
 
 SCRIPT = """
@@ -45,7 +45,8 @@ def main():
         raise SystemExit("no error")
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
-    wrapped = world.wrap(model)
+    wrapped = world.wrap(model, torch.ones(1, 3))
+    assert model.weight.grad is None
     for k in range(2):
         world.sync_gradients(wrapped, on=k == 1)
         wrapped(torch.full((2, 3), float(world.rank + k))).sum().backward()

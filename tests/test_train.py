@@ -118,6 +118,21 @@ def test_resume_equals_a_straight_run(data_dir, tmp_path, flags):
     assert "is done" in again.stdout
 
 
+def test_resume_on_three_processes_equals_a_straight_run(data_dir, tmp_path):
+    """To the bit: with three summands their order matters, and DDP's changes after its first backward pass."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    flags = ["--total_batch_size=192", "--checkpoint_interval=4", "--keep_checkpoints=0", "--max_steps=16"]
+    assert train(data_dir, a, *flags, processes=3).returncode == 0
+    b.mkdir()
+    shutil.copy(a / "ckpt_000004.pt", b)
+    shutil.copy(a / "metrics.jsonl", b)
+    assert train(data_dir, b, *flags, "--resume=True", processes=3).returncode == 0
+    assert losses(b) == losses(a)
+    x, y = (torch.load(p / "ckpt_000016.pt", weights_only=True) for p in (a, b))
+    for name in x["model"]:
+        assert torch.equal(x["model"][name], y["model"][name]), name
+
+
 def test_resume_without_a_whole_checkpoint(data_dir, tmp_path):
     out = tmp_path / "run"
     assert train(data_dir, out, "--max_steps=2", "--resume=True").returncode == 0  # none at all: a fresh start
