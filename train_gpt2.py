@@ -229,8 +229,6 @@ def main() -> int:
                 model, val_batches(val, config.val_tokens, config.batch_size, world.rank, world.size, device),
                 config.batch_size, autocast, world,
             )  # fmt: skip
-            if val_loss < best["val_loss"]:
-                best = {"step": step, "val_loss": val_loss}
             if config.target_val_loss is not None and val_loss < config.target_val_loss:
                 done = target_reached = True
             bpb = bits_per_byte(val_loss, meta)
@@ -248,6 +246,8 @@ def main() -> int:
             record("sample", step=step, text=config.sample_start + text)
             say(f"--- sample\n{config.sample_start}{text}\n---")
         if step > saved_step and (due["checkpoint"] or done or stopping):
+            if due["val"] and val_loss < best["val_loss"]:  # the best of those saved
+                best = {"step": step, "val_loss": val_loss}
             if world.is_main:
                 state = {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],

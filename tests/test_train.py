@@ -194,6 +194,16 @@ def test_the_last_step_is_always_recorded(data_dir, tmp_path):
     assert steps[1] % 100
 
 
+def test_the_best_checkpoint_is_kept(data_dir, tmp_path):
+    """Of those that were saved; with a rate this high the val loss soon rises again."""
+    flags = ["--max_steps=16", "--val_interval=2", "--checkpoint_interval=4", "--keep_checkpoints=1"]
+    assert train(data_dir, tmp_path / "run", *flags, "--learning_rate=1.0", "--schedule=constant").returncode == 0
+    val = {r["step"]: r["val_loss"] for r in metrics(tmp_path / "run", "val") if r["step"] in (4, 8, 12, 16)}
+    best = min(val, key=val.get)
+    assert best < 16
+    assert {p.name for p in (tmp_path / "run").glob("*.pt")} == {f"ckpt_{best:06d}.pt", "ckpt_000016.pt"}
+
+
 def test_epochs(data_dir, tmp_path):
     done = train(data_dir, tmp_path / "run", "--epochs=0.2", "--val_interval=0")
     assert done.returncode == 0, done.stderr
