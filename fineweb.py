@@ -440,7 +440,7 @@ def prepare(config: DataConfig) -> None:
             path.unlink()
         write_json(out_dir / "progress.json", progress)
         encoded = encode_all(pool, chain([first] if first else [], batches), 8 * num_proc)
-        write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source.documents, start)
+        write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source, start)
         write_meta(out_dir, tokenizer, vocab_size, progress)
     counts = progress["counts"]
     print(f"{out_dir}: {sum(progress['shards'].values())} shards, ", end="")
@@ -448,9 +448,7 @@ def prepare(config: DataConfig) -> None:
     print(f"next: python train_gpt2.py --data_dir={config.out_dir}")
 
 
-def write_all(
-    results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, documents: int | None, start: float
-) -> None:
+def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, source: Source, start: float) -> None:
     """All batches into shards, with a progress bar, timed from `start` on. Raises UserError if a split stays empty."""
     from tqdm import tqdm
 
@@ -465,9 +463,12 @@ def write_all(
         for batch, encoded in results:
             writer.write(batch, encoded, skip)
             skip = 0
-            if documents and documents > 1 and batch.cursor.part == 0:
-                bar.total = total("tokens") * documents // (batch.cursor.document + len(batch.pieces))
-            bar.update(total("tokens") - bar.n)
+            tokens = total("tokens")
+            if source.size and total("bytes"):
+                bar.total = tokens * source.size // total("bytes")
+            elif source.documents and source.documents > 1 and batch.cursor.part == 0:
+                bar.total = tokens * source.documents // (batch.cursor.document + len(batch.pieces))
+            bar.update(tokens - bar.n)
     for split, other in (("train", "val"), ("val", "train")):
         if not counts[f"{split}_tokens"]:
             advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if writer.config.val_shards else ""

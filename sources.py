@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from configurator import UserError, nearest
 
+ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")  # rows with a column of text; any other file is a text
 ROWS = 256  # read at a time
 BLOCK = 1 << 20  # bytes of a text file read at a time
 
@@ -28,6 +29,7 @@ Reader = Callable[[int], Iterator[tuple[int, str, bool, bool]]]
 class Source(NamedTuple):
     parts: list[tuple[str, list[Reader]]]  # (split, readers), in the order in which they are written
     documents: int | None  # in the first part; None where that takes reading it
+    size: int | None  # bytes of text in the first part; None where that takes reading it
     fingerprint: str  # changes with the source's files
 
 
@@ -38,7 +40,8 @@ def open_source(config: Any, out_dir: Path) -> Source:
     paths = find_files(config.files, config.exclude) if config.files else [download(config.url, out_dir)]
     readers, counts = zip(*(open_file(path, config.text_column) for path in paths), strict=True)
     documents = None if None in counts else sum(counts)
-    return Source([("train", list(readers))], 1 if config.join else documents, fingerprint(paths))
+    size = None if any(path.endswith(ROW_FILES) for path in paths) else sum(map(os.path.getsize, paths))
+    return Source([("train", list(readers))], 1 if config.join else documents, size, fingerprint(paths))
 
 
 def read_texts(readers: list[Reader], join: bool, file: int = 0, place: int = 0) -> Iterator[tuple]:
@@ -212,9 +215,13 @@ def open_dataset(config: Any) -> Source:
     except Exception as error:  # of many types: no network, no such data set, subset or split; all have a good message
         raise UserError(f"{where}: {one_line(error)}") from None
     infos = [(builder.info.splits or {}).get(split) for split in config.split.split("+")]
-    documents = 1 if config.join else sum(info.num_examples for info in infos) if all(infos) else None
-    data_files = sorted((builder.config.data_files or {}).items())
-    return Source(parts, documents, fingerprint([str(path) for _, paths in data_files for path in paths]))
+    documents = sum(info.num_examples for info in infos) if all(infos) else None
+    data_files = {name: [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
+    used = [path for split in config.split.split("+") for path in data_files.get(split, [""])]
+    if documents is None and all(path.endswith(".parquet") and os.path.exists(path) for path in used):
+        documents = sum(open_parquet(path, config.text_column).metadata.num_rows for path in used)
+    paths = [path for _, paths in sorted(data_files.items()) for path in paths]
+    return Source(parts, 1 if config.join else documents, None, fingerprint(paths))
 
 
 def read_dataset(stream: Any, index: int, where: str, column: str, start: int) -> Iterator[tuple]:

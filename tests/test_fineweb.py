@@ -131,7 +131,7 @@ def test_batches_from_any_cursor_are_the_same(small, cut):
             last = place + 1 == len(texts) or texts[place + 1][2]
             yield place, text, begins, last
 
-    source = sources.Source([("train", [read, read]), ("test", [read])], 6, "")
+    source = sources.Source([("train", [read, read]), ("test", [read])], 6, None, "")
     for size in (1, 1000):
         fineweb.BATCH = size
         batches = list(fineweb.make_batches(source, False, Cursor(), cut))
