@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -67,7 +68,7 @@ def newest_whole(out_dir: str) -> Path | None:
     for path in paths:
         if is_whole(path):
             return path
-        print(f"{path} is damaged, trying the one before it", flush=True)
+        print(f"{path} is damaged, trying the one before it", file=sys.stderr, flush=True)
     if paths:
         raise UserError(f"{out_dir}: no whole checkpoint among {len(paths)}; restore one, or start in another out_dir")
     return None

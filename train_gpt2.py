@@ -90,6 +90,8 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
+        if self.target_val_loss is not None and not self.val_interval:
+            raise ValueError("target_val_loss is looked at in evaluations, but val_interval = 0 means there are none")
 
 
 MAX_NON_FINITE = 20  # steps in a row; a float16 scaler may need about 16 to find its scale
@@ -213,8 +215,8 @@ def main() -> int:
 
     while True:
         # Between two steps: validation, samples, a checkpoint, or the end.
+        stopping = world.sum([len(stop_signals)])[0] > 0  # waits for the slowest rank, so it is part of the step
         pause = time.perf_counter()
-        stopping = world.sum([len(stop_signals)])[0] > 0
         done = step >= max_steps or target_reached
         due = {
             name: interval > 0 and not stopping and (step % interval == 0 or done)
@@ -376,4 +378,4 @@ def git_commit() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    cli(main)

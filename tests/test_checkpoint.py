@@ -65,7 +65,7 @@ def test_falls_back_to_the_newest_whole_one(tmp_path, capsys):
         path = checkpoint.save(state(step), tmp_path, keep=0, best_step=None)
     path.write_bytes(path.read_bytes()[:-100])
     assert checkpoint.step_of(checkpoint.newest_whole(tmp_path)) == 2
-    assert "ckpt_000003.pt is damaged" in capsys.readouterr().out
+    assert "ckpt_000003.pt is damaged" in capsys.readouterr().err
     for path in checkpoint.find(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):

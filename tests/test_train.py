@@ -107,7 +107,7 @@ def test_resume_equals_a_straight_run(data_dir, tmp_path, flags):
     (b / "ckpt_000010.pt").write_bytes((a / "ckpt_000010.pt").read_bytes()[:-1000])  # killed while it was written
     done = train(data_dir, b, *flags, "--resume=True")
     assert done.returncode == 0, done.stderr
-    assert "ckpt_000010.pt is damaged" in done.stdout
+    assert "ckpt_000010.pt is damaged" in done.stderr
     assert losses(b) == losses(a)
     assert metrics(b, "val") == metrics(a, "val")
     x, y = (torch.load(p / "ckpt_000012.pt", weights_only=True) for p in (a, b))
@@ -211,13 +211,16 @@ def test_epochs(data_dir, tmp_path):
     assert metrics(tmp_path / "run", "train")[-1]["step"] == int(0.2 * n / 8)
 
 
-def test_samples_and_their_interval_leave_the_run_undisturbed(data_dir, straight, tmp_path):
-    flags = ["--max_steps=20", "--sample_interval=10", "--sample_start=the ", "--val_interval=0"]
-    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
-    samples = metrics(tmp_path / "run", "sample")
-    assert [s["step"] for s in samples] == [0, 10, 20]
+def test_evaluation_and_samples_leave_the_run_undisturbed(data_dir, tmp_path):
+    """With dropout, so that a model left in eval() or a generator that was used would show."""
+    flags = ["--max_steps=12", "--dropout=0.3"]
+    often = ["--sample_interval=4", "--sample_start=the ", "--val_interval=3"]
+    assert train(data_dir, tmp_path / "often", *flags, *often).returncode == 0
+    assert train(data_dir, tmp_path / "never", *flags, "--val_interval=0").returncode == 0
+    samples = metrics(tmp_path / "often", "sample")
+    assert [s["step"] for s in samples] == [0, 4, 8, 12]
     assert all(s["text"].startswith("the ") for s in samples)
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -302,6 +305,7 @@ def test_shards_without_meta(data_dir, tmp_path):
         (["--epochs=0.0001"], "epochs"),
         (["--max_steps=0"], "max_steps"),
         (["--min_lr=1"], "min_lr"),
+        (["--target_val_loss=1", "--val_interval=0"], "target_val_loss"),
         (["--n_head=5"], "n_head"),
         (["config/gpt2_124n.py"], "gpt2_124m.py"),
     ],
