@@ -73,6 +73,10 @@ def test_files_in_order_then_flags(tmp_path):
     assert given == {"width": f"{a}:4", "lr": f"{b}:1", "out": f"{a}:6", "steps": "--steps"}
 
 
+def test_the_last_of_a_repeated_flag_wins():
+    assert load("--width=2", "--width=4")[0].width == 4
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, TRAIN, call, metrics, run
+from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
 
 from dataloader import Windows, step_windows
 from model import GPT, GPTConfig
@@ -251,6 +251,33 @@ def test_init_from_another_run(data_dir, straight, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "n_layer" in done.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(data_dir, tmp_path, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def third_is_nan(*args):
+        calls.append(clip(*args))
+        return calls[-1] * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", third_is_nan)
+    flags = ["--max_steps=4", "--checkpoint_interval=1", "--keep_checkpoints=0", "--optimizer=muon"]
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    two, three, four = (torch.load(tmp_path / "run" / f"ckpt_00000{s}.pt")["model"] for s in (2, 3, 4))
+    assert all(torch.equal(two[name], three[name]) for name in two)
+    assert not any(torch.equal(three[name], four[name]) for name in three)
+    assert [e["step"] for e in metrics(tmp_path / "run", "event") if e["event"] == "skipped step"] == [3]
+
+
+def test_dropout_differs_from_step_to_step(tmp_path):
+    """The same single window and a rate of 0: only what is dropped can change the loss."""
+    write_shard(tmp_path / "x_train_000001.bin", range(33))
+    flags = ["--batch_size=1", "--total_batch_size=32", "--val_interval=0", "--max_steps=4", "--vocab_size=64"]
+    flags += ["--learning_rate=0", "--min_lr=0"]
+    for dropout, different in ((0.0, 1), (0.5, 4)):
+        out = tmp_path / str(dropout)
+        assert train(tmp_path, out, *flags, f"--dropout={dropout}").returncode == 0
+        assert len(set(losses(out).values())) == different
 
 
 def test_a_resumed_model_is_the_checkpoints(data_dir, straight, tmp_path):
