@@ -42,7 +42,7 @@ class TrainConfig:
     # files
     out_dir: str = "out/gpt2_124m"  # where the run goes
     data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py
-    init_from: str = "scratch"  # "scratch", or a checkpoint or run folder whose weights to start from
+    init_from: str = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
     resume: bool = False  # go on from the newest checkpoint in out_dir; start afresh where there is none
     # machine
     seed: int = 1337  # of the initial weights, the data order and dropout
@@ -118,9 +118,9 @@ def main() -> int:
         saved = checkpoint.load(resume_path)
         gpt_config, weights = checkpoint.same_model(saved, gpt_config, given, resume_path), saved["model"]
     elif config.init_from != "scratch":
-        gpt_config, weights = checkpoint.starting_weights(
-            config.init_from, gpt_config, given, meta.get("vocab_size", 0)
-        )
+        from huggingface import starting_weights  # tokenizers take a while to import
+
+        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, meta.get("vocab_size", 0))
     if gpt_config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
     T = config.seq_len or gpt_config.block_size

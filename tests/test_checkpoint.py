@@ -7,7 +7,6 @@ import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
 
-CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)
 
 
@@ -24,12 +23,10 @@ def test_round_trip(tmp_path):
     path = checkpoint.save(state(3), tmp_path, keep=0, best_step=None)
     assert path.name == "ckpt_000003.pt"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    for name in (str(path), str(tmp_path)):
-        model, tokenizer, found = checkpoint.load_model(name, CPU)
-        assert (tokenizer, found) == ("bytes", path)
-        assert model.lm_head.weight is model.wte.weight
-        for a, b in zip(model.state_dict().values(), state(3)["model"].values(), strict=True):
-            assert torch.equal(a, b)
+    loaded = checkpoint.load(path)
+    assert (loaded["step"], loaded["tokenizer"]) == (3, "bytes")
+    for a, b in zip(loaded["model"].values(), state(3)["model"].values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
@@ -70,41 +67,3 @@ def test_falls_back_to_the_newest_whole_one(tmp_path, capsys):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint.newest_whole(tmp_path)
-
-
-def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint under out/"):
-        checkpoint.load_model(None, CPU)
-    for run in ("a", "b"):
-        (tmp_path / "out" / run).mkdir(parents=True)
-        checkpoint.save(state(1), tmp_path / "out" / run, keep=0, best_step=None)
-    assert str(checkpoint.load_model(None, CPU)[2]) == "out/b/ckpt_000001.pt"
-
-
-@pytest.mark.parametrize("name", ["nowhere", "empty", "empty/half.pt"])
-def test_mistakes(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    if name.endswith(".pt"):
-        (tmp_path / name).write_bytes(b"half")
-    with pytest.raises(UserError, match=name):
-        checkpoint.load_model(name, CPU)
-
-
-def test_starting_weights_cropped_and_padded(tmp_path):
-    config = GPTConfig(**{**vars(TINY), "tie_weights": False})
-    path = str(checkpoint.save(state(1, config), tmp_path, keep=0, best_step=None))
-    asked = GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "n_layer": 9})
-    new, weights = checkpoint.starting_weights(path, asked, {"block_size", "dropout"}, 20)
-    assert new == GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "vocab_size": 20})
-    GPT(new).load_state_dict(weights)
-    old = state(1, config)["model"]
-    assert torch.equal(weights["wpe.weight"], old["wpe.weight"][:4])
-    for name in ("wte.weight", "lm_head.weight"):
-        assert torch.equal(weights[name][:16], old[name])
-        assert torch.allclose(weights[name][16:], old[name].mean(0).expand(4, -1))
-    for given in ({"n_layer"}, {"block_size"}):
-        larger = GPTConfig(**{**vars(asked), "block_size": 16})
-        with pytest.raises(UserError, match=next(iter(given))):
-            checkpoint.starting_weights(path, larger, given, 0)
