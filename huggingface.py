@@ -3,7 +3,7 @@
     python huggingface.py --model=out/quickstart --out_dir=hf/quickstart
 
 writes a folder that transformers and what builds on it load: learned + layernorm + gelu as GPT2LMHeadModel,
-rope + rmsnorm + swiglu as LlamaForCausalLM. A model that is neither to the last bit of its formulas is refused.
+rope + rmsnorm + swiglu as LlamaForCausalLM. A model that is not exactly one of these is refused.
 """
 
 import dataclasses
@@ -107,11 +107,11 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
     return with_weights(GPTConfig(**state["gpt_config"]), state["model"]).to(device), state["tokenizer"], path
 
 
-def starting_weights(name: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:
-    """Weights to start from (name as for load_model), and their architecture: dropout as asked, block_size cropped,
+def starting_weights(source: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:
+    """Weights to start from (source as load_model's name) and their architecture: dropout as asked, block_size cropped,
     vocab_size padded (to the data's where none is given). Raises UserError where anything else that was given differs.
     """
-    model, _, path = load_model(name, torch.device("cpu"))
+    model, _, path = load_model(source, torch.device("cpu"))
     theirs = model.config
     changes: dict = {"vocab_size": max(theirs.vocab_size, vocab_size)}
     for field in dataclasses.fields(GPTConfig):
@@ -358,6 +358,7 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str) ->
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # save_file lets no one else read it
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # the data must be on disk before the name is

@@ -269,7 +269,7 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
     assert same_logits(ours, theirs.eval())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf" / "mine")
     prompt = tokenizer("Once", return_tensors="pt")
-    text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=[256, 299])
+    text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
     want = torch.stack(list(ours.generate(prompt["input_ids"], 20, temperature=0.0, eot=256)), 1)
     assert torch.equal(text[:, 4:], want[:, : text.size(1) - 4])
     back, tokenizer, _ = load_model(str(tmp_path / "hf" / "mine"), CPU)
@@ -323,6 +323,7 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(empty.iterdir()) == []
     assert not (tmp_path / ".empty.partial").exists()
     assert export(tmp_path / "run", empty).returncode == 0
+    assert len({path.stat().st_mode for path in empty.iterdir()}) == 1
     assert {path.name for path in empty.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "vocab.json", "merges.txt",
