@@ -1,6 +1,6 @@
 """Weights to and from Hugging Face.
 
-    python huggingface.py --model=out/quickstart --out_dir=hf/quickstart
+    python huggingface.py --model=out/notes --out_dir=hf/notes
 
 writes a folder that transformers and what builds on it load: learned + layernorm + gelu as GPT2LMHeadModel,
 rope + rmsnorm + swiglu as LlamaForCausalLM. A model that is not exactly one of these is refused.
