@@ -247,7 +247,7 @@ def to_gpt_config(data: dict, where: str) -> GPTConfig:
         )  # fmt: skip
     for name, value in needed.items():
         if data.get(name, value) != value:
-            raise UserError(f"{where}: {name} = {data.get(name)!r}, but our model has {value!r}")
+            raise UserError(f"{where}: {name} = {data.get(name)!r}, but our model computes only {value!r}")
     return config
 
 
@@ -288,7 +288,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
             else:
                 tensors |= torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in many ways
-            raise UserError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+            first_line = str(error).partition("\n")[0]
+            raise UserError(f"{file}: cannot be read: {first_line}") from None
     buffers = r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq"
     short = {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in short.items() if not re.fullmatch(buffers, name)}, where
@@ -400,7 +401,7 @@ def tokenizer_files(enc: tiktoken.Encoding, block_size: int) -> dict[str, str]:
     data = to_json(enc)
     config = {
         "tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False,
-        "add_bos_token": False, "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": False,  # or else transformers 4 drops the space in " ."
         "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT,
     }  # fmt: skip
     return {

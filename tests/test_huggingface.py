@@ -200,6 +200,13 @@ def test_mistakes_in(bad_folders, tmp_path, kind, message):
     assert "\n" not in str(error.value)
 
 
+def test_llama_with_the_buffer_of_old_files(tmp_path):
+    theirs = llama()
+    theirs.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert same_logits(load_model(str(tmp_path), CPU)[0].eval(), theirs)
+
+
 def test_rope_base_of_old_and_new_configs(tmp_path):
     llama().save_pretrained(tmp_path)
     for changes in (
@@ -265,7 +272,12 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "mine", output_loading_info=True)
     assert not any(info.values()), info
     assert type(theirs).__name__ == ("LlamaForCausalLM" if "pos" in flags else "GPT2LMHeadModel")
-    assert (theirs.dtype, theirs.config.bos_token_id) == (torch.float32, 256)
+    assert theirs.dtype == torch.float32
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.bos_token_id, config.eos_token_id) == (256, 256)
+    if "pos" not in flags:
+        config = theirs.config
+        assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.n_ctx) == (0.1, 0.1, 0.1, 24)
     assert same_logits(ours, theirs.eval())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf" / "mine")
     prompt = tokenizer("Once", return_tensors="pt")
@@ -369,6 +381,7 @@ def test_tokenizers_agree(name, tmp_path):
         assert ids == enc.encode(text, allowed_special={ENDOFTEXT}), repr(text)
     for text, back in zip(texts[:1000], auto.batch_decode(auto(texts[:1000])["input_ids"]), strict=True):
         assert back == text
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     assert (len(auto), auto.bos_token_id, auto.eos_token_id) == (enc.n_vocab, enc.eot_token, enc.eot_token)
     assert auto.decode([enc.eot_token, 65], skip_special_tokens=True) == enc.decode([65])
 
