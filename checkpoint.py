@@ -1,7 +1,6 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
 import dataclasses
-import os
 import re
 import sys
 import zipfile
@@ -13,7 +12,7 @@ import torch
 
 from configurator import UserError
 from files import whole_file
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 STATE = {"model", "step", "gpt_config", "tokenizer"}  # what makes it a model that can speak
 
@@ -120,55 +119,3 @@ def gpt_config(state: dict, path: Path) -> GPTConfig:
         return GPTConfig(**state["gpt_config"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its gpt_config is not one of this version of model.py: {error}") from None
-
-
-def starting_weights(path: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:
-    """Another run's weights to start from, and their architecture: dropout as asked, block_size cropped, vocab_size
-    padded (to the data's where none is given). Raises UserError where anything else that was given differs."""
-    model, _, file = load_model(path, torch.device("cpu"))
-    theirs = model.config
-    changes: dict = {"vocab_size": max(theirs.vocab_size, vocab_size)}
-    for field in dataclasses.fields(GPTConfig):
-        name, want, have = field.name, getattr(asked, field.name), getattr(theirs, field.name)
-        if name not in given or want == have:
-            continue
-        cropped = name == "block_size" and (want < have or theirs.pos == "rope")
-        padded = name == "vocab_size" and want > have
-        if not (cropped or padded or name == "dropout"):
-            raise UserError(f"{name} = {want}, but {file} has {have}, and its weights need that")
-        changes[name] = want
-    weights = dict(model.state_dict())
-    config = dataclasses.replace(theirs, **changes)
-    if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-    for name in ("wte.weight", "lm_head.weight"):  # new rows start as the mean of the others
-        rows = config.vocab_size - theirs.vocab_size
-        weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows, -1)])
-    return config, weights
-
-
-def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None, Path]:
-    """The model, its tokenizer (see tokenizer.get_tokenizer; None: unknown) and the file, from a checkpoint, or a run's
-    folder (its newest checkpoint), or None (the newest run under out/)."""
-    if name is None:
-        runs = [path for path in Path("out").glob("**/ckpt_*.pt") if step_of(path) is not None]
-        if not runs:
-            raise UserError("no checkpoint under out/; train one (python train_gpt2.py ...) or say --model=PATH")
-        name = str(max(runs, key=os.path.getmtime).parent)
-    path = Path(name)
-    if path.is_dir():
-        found = newest_whole(name)
-        if found is None:
-            raise UserError(f"{name}: no checkpoint (ckpt_*.pt) in this folder")
-        path = found
-    elif not path.exists():
-        raise UserError(f"model {name}: no such checkpoint or folder")
-    elif wrong := fault(path):
-        raise UserError(f"{path} {wrong}")
-    state = load(path)
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = GPT(gpt_config(state, path))
-    model.load_state_dict(state["model"], assign=True)
-    if model.config.tie_weights:
-        model.lm_head.weight = model.wte.weight
-    return model.to(device), state["tokenizer"], path

@@ -44,7 +44,7 @@ class TrainConfig:
     # files
     out_dir: str = "out/gpt2_124m"  # where the run goes
     data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py
-    init_from: str = "scratch"  # "scratch", or a checkpoint or run folder whose weights to start from
+    init_from: str = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
     resume: bool = False  # go on from the newest checkpoint in out_dir, with its options; start afresh without one
     # machine
     seed: int = 1337  # of the initial weights, the data order and dropout
@@ -148,9 +148,9 @@ def main() -> int:
     if resume_path:
         weights = saved["model"]
     elif config.init_from != "scratch":
-        gpt_config, weights = checkpoint.starting_weights(
-            config.init_from, gpt_config, given, meta.get("vocab_size", 0)
-        )
+        from huggingface import starting_weights  # tokenizers take a while to import
+
+        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, meta.get("vocab_size", 0))
     elif meta and "vocab_size" not in given:
         gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
     tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)

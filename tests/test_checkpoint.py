@@ -9,6 +9,7 @@ import torch
 
 import checkpoint
 from configurator import UserError
+from huggingface import load_model
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -28,12 +29,10 @@ def test_round_trip(tmp_path):
     path = checkpoint.save(state(3), tmp_path, keep=0, best_step=None)
     assert path.name == "ckpt_000003.pt"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    for name in (str(path), str(tmp_path)):
-        model, tokenizer, found = checkpoint.load_model(name, CPU)
-        assert (tokenizer, found) == ("bytes", path)
-        assert model.lm_head.weight is model.wte.weight
-        for a, b in zip(model.state_dict().values(), state(3)["model"].values(), strict=True):
-            assert torch.equal(a, b)
+    loaded = checkpoint.load(path)
+    assert (loaded["step"], loaded["tokenizer"]) == (3, "bytes")
+    for a, b in zip(loaded["model"].values(), state(3)["model"].values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
@@ -125,7 +124,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path, ca
         bad = {**state(int(name[10:11])), "optimizers": Malicious(evil)}
         torch.save(bad, out / name, _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match="not a checkpoint"):
-            checkpoint.load_model(str(out / name), CPU)
+            load_model(str(out / name), CPU)
     assert checkpoint.newest_whole(out) == good
     assert capsys.readouterr().err.count("not a checkpoint") == 2
     assert not evil.exists()
@@ -154,7 +153,7 @@ def test_another_versions_architecture(tmp_path):
     odd["gpt_config"] = {**odd["gpt_config"], "n_expert": 8}
     path = checkpoint.save(odd, tmp_path, keep=0, best_step=None)
     with pytest.raises(UserError, match="n_expert"):
-        checkpoint.load_model(str(path), CPU)
+        load_model(str(path), CPU)
 
 
 def test_as_it_was():
@@ -169,41 +168,3 @@ def test_as_it_was():
     assert new == GPTConfig(**{**saved, "dropout": 0.1})
     with pytest.raises(UserError, match="n_head = 3"):
         checkpoint.as_it_was(saved, GPTConfig(n_head=3), {"n_head": "--n_head"}, {"n_head"}, path)
-
-
-def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint under out/"):
-        checkpoint.load_model(None, CPU)
-    for run in ("a", "b"):
-        (tmp_path / "out" / run).mkdir(parents=True)
-        checkpoint.save(state(1), tmp_path / "out" / run, keep=0, best_step=None)
-    assert str(checkpoint.load_model(None, CPU)[2]) == "out/b/ckpt_000001.pt"
-
-
-@pytest.mark.parametrize("name", ["nowhere", "empty", "empty/half.pt"])
-def test_mistakes(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    if name.endswith(".pt"):
-        (tmp_path / name).write_bytes(b"half")
-    with pytest.raises(UserError, match=name):
-        checkpoint.load_model(name, CPU)
-
-
-def test_starting_weights_cropped_and_padded(tmp_path):
-    config = GPTConfig(**{**vars(TINY), "tie_weights": False})
-    path = str(checkpoint.save(state(1, config), tmp_path, keep=0, best_step=None))
-    asked = GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "n_layer": 9})
-    new, weights = checkpoint.starting_weights(path, asked, {"block_size", "dropout"}, 20)
-    assert new == GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "vocab_size": 20})
-    GPT(new).load_state_dict(weights)
-    old = state(1, config)["model"]
-    assert torch.equal(weights["wpe.weight"], old["wpe.weight"][:4])
-    for name in ("wte.weight", "lm_head.weight"):
-        assert torch.equal(weights[name][:16], old[name])
-        assert torch.allclose(weights[name][16:], old[name].mean(0).expand(4, -1))
-    for given in ({"n_layer"}, {"block_size"}):
-        larger = GPTConfig(**{**vars(asked), "block_size": 16})
-        with pytest.raises(UserError, match=next(iter(given))):
-            checkpoint.starting_weights(path, larger, given, 0)
