@@ -45,7 +45,7 @@ class HellaSwagConfig:
     batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
-    compile: bool = False  # torch.compile: worth its minute only for large models
+    compile: bool = False  # torch.compile, which takes about a minute before it saves any
 
     def __post_init__(self):
         for name in ("limit", "batch_size"):
@@ -107,7 +107,10 @@ def load(path: str | None, enc: "tiktoken.Encoding", block_size: int, limit: int
 
 def parse(line: bytes) -> tuple[str, list[str], int]:
     """A line of the file to context, four endings, and the number of the right one. Raises ValueError."""
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ValueError("not JSON; is the file damaged?") from None
     for name in ("ctx", "endings", "label"):
         if not isinstance(row, dict) or name not in row:
             raise ValueError(f"no field {name!r}")
