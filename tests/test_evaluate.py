@@ -136,7 +136,7 @@ def test_is_the_val_loss_of_training(data_dir, tmp_path):
 
 def test_processes(folder, data):
     save(folder)
-    args = [f"--model={folder}", f"--data_dir={data}", "--device=cpu", "--batch_size=3", "--stride=20"]
+    args = [f"--model={folder}", f"--data_dir={data}", "--device=cpu", "--batch_size=4", "--stride=20"]  # 5 batches
     done = run("evaluate.py", *args, processes=2)
     assert done.returncode == 0, done.stderr
     alone, shared = evaluate(folder, data, *args[3:]), json.loads(done.stdout.splitlines()[-1])

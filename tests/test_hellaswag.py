@@ -121,6 +121,8 @@ def test_a_context_is_computed_once_and_logits_only_of_endings(rows, path):
     endings = [len((" " + ending).encode()) for row in rows for ending in row["endings"]]
     assert sum(predicted) == sum(endings)
     assert sum(read) == sum(len(example.context) for example in examples) + sum(endings) - len(endings)
+    for batch in hellaswag.make_batches(examples, 300):
+        assert len(batch) == 1 or len(batch) * max(hellaswag.row_length(examples[i]) for i in batch) <= 300
 
 
 def test_training_is_not_disturbed(path):
