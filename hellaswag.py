@@ -12,7 +12,7 @@ Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag
 import contextlib
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from configurator import UserError, cli, configure
 from distributed import World, pick_dtype
 from evaluate import deal, token_losses
+from files import whole_file
 from huggingface import load_model
 from model import GPT
 from tokenizer import get_tokenizer
@@ -136,28 +137,30 @@ def download() -> str:
             response = requests.get(URL, timeout=60)
             response.raise_for_status()
         except requests.RequestException as error:
-            raise UserError(f"{URL}: {type(error).__name__}; fetch it elsewhere and say --data=FILE") from None
+            raise UserError(f"{URL}: {type(error).__name__}; put it at {path}, or say --data=FILE") from None
         data = response.content
     if hashlib.sha256(data).hexdigest() != SHA256:
         where = f"{path}: not HellaSwag's validation set" if path.exists() else f"{URL}: not what it was"
         raise UserError(f"{where} (its sha256 is another); delete it, or say --data=FILE")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            file.write(data)
     return VAL_FILE
 
 
 def score(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
-    autocast: contextlib.AbstractContextManager, progress: bool = False,
-) -> tuple[float, float, int]:  # fmt: skip
-    """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass.
+    autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
+) -> tuple[float, float, int] | None:  # fmt: skip
+    """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass. None where `stop`
+    became true on any rank.
 
     Draws no random numbers, leaves the model's train or eval mode as it was and its compiled forward alone.
     """
-    losses = ending_losses(model, examples, max_tokens, world, autocast, progress)
+    losses = ending_losses(model, examples, max_tokens, world, autocast, progress, stop)
+    if world.sum([len(stop)])[0]:
+        return None
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
     labels = np.array([example.label for example in examples])
     acc, acc_norm = (float((x.argmin(axis=1) == labels).mean()) for x in (losses, losses / lengths))
@@ -167,13 +170,15 @@ def score(
 @torch.no_grad()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
-    autocast: contextlib.AbstractContextManager, progress: bool = False,
+    autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
 ) -> np.ndarray:  # fmt: skip
     """The summed loss in nats of every ending, float64 (n, 4), on every rank."""
     losses = np.zeros((len(examples), 4))
     device, was_training = model.wte.weight.device, model.training
     model.eval()
     for batch, counts in deal(make_batches(examples, max_tokens), world, progress):
+        if stop:
+            break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with autocast:

@@ -1,8 +1,11 @@
 """metrics.jsonl, the record of a run: one JSON object a line, each with its "kind"."""
 
+import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import IO
@@ -15,13 +18,16 @@ class Metrics:
     """Writes out_dir/metrics.jsonl; no other process does until this one ends.
 
     A resumed run first drops what the last one recorded past the checkpoint's step, and the evaluations at that very
-    step, which are made anew. `earlier` is the last run's file, from `lock_metrics`. Raises UserError where another run
-    began in out_dir meanwhile, OSError where out_dir cannot be written.
+    step, which are made anew. `earlier` is the last run's file, from `lock_metrics`; `log_to` (tensorboard, wandb) gets
+    the same records. Raises UserError where another run began in out_dir meanwhile, or log_to's package is missing, and
+    OSError where out_dir cannot be written.
     """
 
-    def __init__(self, out_dir: str, resumed_at: int | None, earlier: IO | None):
+    def __init__(self, out_dir: str, resumed_at: int | None, earlier: IO | None, log_to: str | None = None):
         self.path = Path(out_dir, "metrics.jsonl")
         self.unwritten, self.failing = b"", False
+        if log_to and importlib.util.find_spec(log_to) is None:
+            raise UserError(f"log_to = {log_to!r} needs a package: pip install {log_to}")
         os.makedirs(out_dir, exist_ok=True)
         kept = []
         if earlier is None:
@@ -33,25 +39,28 @@ class Metrics:
             for record in read_metrics(self.path):
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):
-                    kept.append(json.dumps(record) + "\n")
+                    kept.append(record)
         partial = partial_of(self.path)
         self.file = open(partial, "wb", buffering=0)  # noqa: SIM115  (open until the process ends)
         try:
             lock(self.file.fileno(), out_dir)  # before it takes the name, so that there is no moment without a lock
-            self.file.write("".join(kept).encode())
+            self.file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
             os.fsync(self.file.fileno())
             os.replace(partial, self.path)
         except OSError:
             partial.unlink()
             raise
         earlier.close()
+        mirrors = {None: None, "tensorboard": TensorBoard, "wandb": WandB}
+        self.mirror = mirrors[log_to] and mirrors[log_to](out_dir, kept)
 
     def write(self, kind: str, **values: object) -> None:
         """One record. Numbers that are not finite become null: JSON has no NaN."""
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
-        self.unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
+        record = {"kind": kind, **values}
+        self.unwritten += (json.dumps(record) + "\n").encode()
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -60,6 +69,8 @@ class Metrics:
             if not self.failing:
                 print(f"{self.path}: {error.strerror}; records wait in memory", file=sys.stderr, flush=True)
             self.failing = True
+        if self.mirror:
+            self.mirror.show(record)
 
     def sync(self) -> None:
         """Return once all records are on disk. Raises OSError where that fails."""
@@ -67,6 +78,69 @@ class Metrics:
         if self.unwritten:
             raise OSError(f"{self.path}: the disk took a part of a record")
         os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        if self.mirror:
+            self.mirror.close()
+
+
+class TensorBoard:
+    """Shows records in out_dir/tensorboard, which a resumed run makes anew from those it kept."""
+
+    def __init__(self, out_dir: str, kept: list[dict]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(out_dir, "tensorboard")
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(folder), flush_secs=20)
+        for record in kept:
+            self.show(record)
+
+    def show(self, record: dict) -> None:
+        kind, step = record["kind"], record.get("step")
+        if kind == "sample":
+            self.writer.add_text(kind, record["text"], step)
+        elif kind in ("run", "event"):
+            self.writer.add_text(kind, "    " + json.dumps(record, indent=1).replace("\n", "\n    "), step)
+        else:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Shows records in Weights & Biases, where a resumed run goes on in its old place. WANDB_MODE=offline works."""
+
+    def __init__(self, out_dir: str, kept: list[dict]):
+        self.out_dir, self.run = out_dir, None
+        if kept:
+            self.begin(kept[0])
+
+    def begin(self, record: dict) -> None:
+        import wandb
+
+        name = os.path.basename(os.path.abspath(self.out_dir))
+        id = f"{name}-{re.sub('[^0-9]', '', record.get('time', ''))}"  # the same for all of the run's lives
+        self.run = wandb.init(
+            project="train_gpt2", name=name, id=id, resume="allow", dir=self.out_dir, config=record,
+            settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self.run.define_metric("*", step_metric="step")
+
+    def show(self, record: dict) -> None:
+        kind = record["kind"]
+        if kind == "run":
+            self.begin(record)
+        elif kind != "event":
+            values = {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")}
+            self.run.log({"step": record["step"], **values})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def lock_metrics(out_dir: str) -> IO | None:

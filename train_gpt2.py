@@ -76,11 +76,14 @@ class TrainConfig:
     # what else happens; an interval of 0 means never
     val_interval: int = 250  # steps between evaluations
     val_tokens: int = 10485760  # the first so many tokens of the val split
+    hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, 10,042 examples
+    hellaswag_data: str | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     sample_interval: int = 0  # steps between samples
     sample_start: str = ""  # what samples continue; empty: the start of a document
     checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
     keep_checkpoints: int = 3  # the newest so many, and the best; 0: all
     log_interval: int = 10  # steps between log lines and train records
+    log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
 
     def __post_init__(self):
         for name in ("batch_size", "total_batch_size", "max_skipped", "log_interval"):
@@ -89,7 +92,10 @@ class TrainConfig:
         for name in ("seq_len", "max_steps", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0")
-        for name in ("val_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints", "warmup_steps"):
+        for name in (
+            "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
+            "warmup_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative")
         if self.min_lr > self.learning_rate:
@@ -101,8 +107,8 @@ class TrainConfig:
 # Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
 MAY_CHANGE = {
     "out_dir", "data_dir", "resume", "device", "dtype", "compile", "deterministic", "batch_size", "max_steps", "epochs",
-    "target_loss", "target_val_loss", "max_skipped", "val_interval", "sample_interval", "sample_start",
-    "checkpoint_interval", "keep_checkpoints", "log_interval",
+    "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data",
+    "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
 }  # fmt: skip
 
 
@@ -173,8 +179,9 @@ def main() -> int:
     rows = config.total_batch_size // T  # windows in a step
     micro_batches = rows // (config.batch_size * world.size)
     max_steps = planned_steps(config, len(train), rows)
-    if config.sample_interval and not tokenizer:
-        raise UserError(f"{config.data_dir}: its tokenizer is not known, so no samples; use --sample_interval=0")
+    for name in ("sample_interval", "hellaswag_interval"):
+        if getattr(config, name) and not tokenizer:
+            raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
     if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
     target_reached = bool(saved and saved["target_reached"] and not changed.keys() & {"target_loss", "target_val_loss"})
@@ -182,6 +189,20 @@ def main() -> int:
         say(f"{config.out_dir}: this run is done, at step {saved['step']}")
         world.close()
         return 0
+
+    examples, problem = [], None
+    if config.hellaswag_interval:
+        import hellaswag  # with tokenizers, which take a while to import
+        from tokenizer import get_tokenizer
+
+        try:
+            examples = world.agree(
+                lambda: hellaswag.load(config.hellaswag_data, get_tokenizer(tokenizer), gpt_config.block_size)
+            )
+        except UserError as error:
+            if config.hellaswag_data:
+                raise
+            problem = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
 
     # The model, its optimizers, and the state to go on from.
     if config.deterministic or device.type == "cpu":
@@ -233,7 +254,7 @@ def main() -> int:
     def begin() -> None:
         nonlocal log
         try:
-            log = Metrics(config.out_dir, step if resume_path else None, earlier)
+            log = Metrics(config.out_dir, step if resume_path else None, earlier, config.log_to)
             checkpoint.clean(config.out_dir)
         except OSError as error:
             raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
@@ -258,6 +279,9 @@ def main() -> int:
     say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
     say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
+    if problem:
+        record("event", event="no hellaswag", step=step, problem=problem)
+        say(problem)
     for name, (before, after) in changed.items():
         say(f"changed: {name} = {after}, was {before}")
     gc.enable()
@@ -301,6 +325,7 @@ def main() -> int:
             name: interval > 0 and not stopping and (step % interval == 0 or done)
             for name, interval in [
                 ("val", config.val_interval),
+                ("hellaswag", config.hellaswag_interval),
                 ("sample", config.sample_interval),
                 ("checkpoint", config.checkpoint_interval),
             ]
@@ -319,6 +344,13 @@ def main() -> int:
             say(
                 f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else "")
             )
+        if due["hellaswag"] and examples and not stopping:
+            score = hellaswag.score(model, examples, config.batch_size * T, world, autocast, stop=stop_signals)
+            stopping = score is None
+            if not stopping:
+                acc, acc_norm, n = score
+                record("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
+                say(f"step {step:>5}/{max_steps} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
         if due["sample"] and not stopping:
             if world.is_main:
                 text = config.sample_start + sample(model, tokenizer, config.sample_start, stop_signals)
@@ -395,20 +427,22 @@ def main() -> int:
         if skipped == config.max_skipped:
             record("event", event="gave up", step=step)
             say(f"gave up: {skipped} steps in a row without a finite loss and gradient; the last checkpoint is kept")
-            batches.close()
-            world.close()
-            return 3
+            break
         target_reached = config.target_loss is not None and loss < config.target_loss
         if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
             log_step()
 
     batches.close()
+    if log:
+        log.close()
+    world.close()
+    if skipped == config.max_skipped:
+        return 3
     if stopping and not done:
         say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")
     else:
         say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
         say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
-    world.close()
     return 0
 
 

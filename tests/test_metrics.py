@@ -1,8 +1,13 @@
 import errno
+import importlib.util
 import json
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from configurator import UserError
 from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
@@ -85,6 +90,55 @@ def test_a_full_disk_loses_no_record(tmp_path, capsys):
     log.file.room = 1000
     log.write("train", step=4)
     assert [r["step"] for r in read_metrics(log.path)] == [0, 1, 2, 3, 4]
+
+
+def test_tensorboard_shows_the_same_numbers_once(tmp_path):
+    """After a resume too: what was dropped from metrics.jsonl is gone from there."""
+    for resumed_at in (None, 2):
+        log = Metrics(tmp_path, resumed_at, lock_metrics(tmp_path), "tensorboard")
+        if resumed_at is None:
+            log.write("run", seed=1)
+        for step in range((resumed_at or 0) + 1, 5):
+            log.write("train", step=step, loss=1.0 / step, mfu=None)
+            log.write("val", step=step, val_loss=2.0 / step)
+            log.write("sample", step=step, text="é\n<b>")
+        log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for kind, name in (("train", "loss"), ("val", "val_loss")):
+        want = [(r["step"], r[name]) for r in read_metrics(log.path) if r["kind"] == kind]
+        have = [(e.step, e.value) for e in events.Scalars(f"{kind}/{name}")]
+        assert have == [(step, pytest.approx(value)) for step, value in want]
+    assert events.Tags()["scalars"] == ["train/loss", "val/val_loss"]
+
+
+def test_wandb_gets_the_same_records(tmp_path, monkeypatch):
+    """A stand-in for the package: which calls it gets, over two lives of one run."""
+    calls = []
+    run = SimpleNamespace(
+        log=calls.append, define_metric=lambda *args, **kwargs: None, finish=lambda: calls.append("finish")
+    )
+    stand_in = ModuleType("wandb", "stand-in")
+    stand_in.__spec__ = ModuleSpec("wandb", None)
+    stand_in.init = lambda **kwargs: calls.append(kwargs["id"]) or run
+    stand_in.Settings = dict
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for resumed_at in (None, 1):
+        log = Metrics(tmp_path / "mine", resumed_at, lock_metrics(tmp_path / "mine"), "wandb")
+        if resumed_at is None:
+            log.write("run", seed=1, time="2026-01-02T03:04")
+        log.write("event", event="x", step=0)
+        log.write("train", step=2, loss=1.5, mfu=None)
+        log.close()
+    values = {"step": 2, "train/loss": 1.5, "train/mfu": None}
+    assert calls == ["mine-202601020304", values, "finish"] * 2
+
+
+def test_log_to_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        Metrics(tmp_path / "run", None, None, "tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bits_per_byte():
