@@ -8,51 +8,61 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import IO
 
 from configurator import UserError
 from files import lock, partial_of
 
 
 class Metrics:
-    """Writes out_dir/metrics.jsonl; no other process does until this one ends.
+    """out_dir/metrics.jsonl, and that no other process writes it: `lock`, then `begin`, then `write` and `sync`."""
 
-    A resumed run first drops what the last one recorded past the checkpoint's step, and the evaluations at that very
-    step, which are made anew. `earlier` is the last run's file, from `lock_metrics`; `log_to` (tensorboard, wandb) gets
-    the same records. Raises UserError where another run began in out_dir meanwhile, or log_to's package is missing, and
-    OSError where out_dir cannot be written.
-    """
-
-    def __init__(self, out_dir: str, resumed_at: int | None, earlier: IO | None, log_to: str | None = None):
+    def __init__(self, out_dir: str):
         self.path = Path(out_dir, "metrics.jsonl")
+        self.file, self.mirror = None, None
         self.unwritten, self.failing = b"", False
+
+    def lock(self) -> bool:
+        """Whether there is an earlier run's file; if so, nobody else can write it until this process ends.
+
+        Raises UserError where another process is writing it: a run that is still going.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            self.file = open(self.path, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+        lock(self.file.fileno(), str(self.path.parent))
+        return True
+
+    def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
+        """Start an empty file, or one that holds what an earlier run recorded up to the step that it is resumed at: not
+        that step's evaluations, which are made anew. `log_to` (tensorboard, wandb) gets the same records.
+
+        Raises UserError where another run has begun meanwhile, out_dir cannot be written, or log_to is not installed.
+        """
+        out_dir, partial, kept = str(self.path.parent), partial_of(self.path), []
         if log_to and importlib.util.find_spec(log_to) is None:
             raise UserError(f"log_to = {log_to!r} needs a package: pip install {log_to}")
-        os.makedirs(out_dir, exist_ok=True)
-        kept = []
-        if earlier is None:
-            try:
-                earlier = open(self.path, "xb")  # noqa: SIM115
-            except FileExistsError:
-                raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir") from None
-        elif resumed_at is not None:
-            for record in read_metrics(self.path):
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            if self.path.exists() and not self.file:
+                raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
+            earlier = self.file or open(self.path, "xb")  # noqa: SIM115
+            for record in read_metrics(self.path) if resumed_at is not None else []:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):
                     kept.append(record)
-        partial = partial_of(self.path)
-        self.file = open(partial, "wb", buffering=0)  # noqa: SIM115  (open until the process ends)
-        try:
+            self.file = open(partial, "wb", buffering=0)  # noqa: SIM115
             lock(self.file.fileno(), out_dir)  # before it takes the name, so that there is no moment without a lock
             self.file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
             os.fsync(self.file.fileno())
             os.replace(partial, self.path)
-        except OSError:
-            partial.unlink()
-            raise
-        earlier.close()
-        mirrors = {None: None, "tensorboard": TensorBoard, "wandb": WandB}
-        self.mirror = mirrors[log_to] and mirrors[log_to](out_dir, kept)
+            earlier.close()
+        except OSError as error:
+            raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None
+        if log_to:
+            self.mirror = {"tensorboard": TensorBoard, "wandb": WandB}[log_to](out_dir, kept)
 
     def write(self, kind: str, **values: object) -> None:
         """One record. Numbers that are not finite become null: JSON has no NaN."""
@@ -141,17 +151,6 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def lock_metrics(out_dir: str) -> IO | None:
-    """The metrics file of the run in out_dir, which no other process can write until it is closed; None where there is
-    none. Raises UserError where another process is writing it: a run that is still going."""
-    path = Path(out_dir, "metrics.jsonl")
-    if not path.exists():
-        return None
-    file = open(path, "ab")  # noqa: SIM115
-    lock(file.fileno(), out_dir)
-    return file
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -32,7 +32,7 @@ import checkpoint
 from configurator import UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
 from distributed import World, hardware, pick_dtype
-from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
+from metrics import Metrics, bits_per_byte, read_metrics
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -126,17 +126,8 @@ def main() -> int:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     # What can be wrong is looked at before anything is written.
-    earlier = None
-
-    def look() -> Path | None:
-        nonlocal earlier
-        try:
-            earlier = lock_metrics(config.out_dir)
-        except OSError as error:
-            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
-        return find_run(config, world)
-
-    resume_path = world.agree(look)
+    log = Metrics(config.out_dir)
+    resume_path = world.agree(lambda: find_run(config, world, log))
     saved, weights, changed = None, None, {}
     if resume_path:
         saved = checkpoint.load(resume_path)
@@ -249,18 +240,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
-    log = None
-
-    def begin() -> None:
-        nonlocal log
-        try:
-            log = Metrics(config.out_dir, step if resume_path else None, earlier, config.log_to)
-            checkpoint.clean(config.out_dir)
-        except OSError as error:
-            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
-
-    world.agree(begin)
-    record = log.write if log else lambda kind, **values: None
+    world.agree(lambda: log.begin(step if resume_path else None, config.log_to))
+    record = log.write if world.is_main else lambda kind, **values: None
     card, peak_flops = hardware(device)
     about = dict(
         commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
@@ -433,7 +414,7 @@ def main() -> int:
             log_step()
 
     batches.close()
-    if log:
+    if world.is_main:
         log.close()
     world.close()
     if skipped == config.max_skipped:
@@ -483,14 +464,14 @@ def sample(model: GPT, tokenizer: str, start: str, stop_signals: list[int]) -> s
     return text
 
 
-def find_run(config: TrainConfig, world: World) -> Path | None:
+def find_run(config: TrainConfig, world: World, log: Metrics) -> Path | None:
     """The checkpoint to go on from, or None for a run from the start. Raises UserError rather than overwrite a run."""
-    metrics = Path(config.out_dir, "metrics.jsonl")
-    records = read_metrics(metrics) if world.restarts and metrics.exists() else []
+    begun = log.lock()
+    records = read_metrics(log.path) if world.restarts and begun else []
     restarted = any(record.get("launch") == world.launch for record in records)  # by torchrun, which began this run
     if config.resume or restarted:
         return checkpoint.newest_whole(config.out_dir)
-    if checkpoint.find(config.out_dir) or (metrics.exists() and metrics.stat().st_size):
+    if checkpoint.find(config.out_dir) or (begun and log.path.stat().st_size):
         raise UserError(f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another")
     return None
 
