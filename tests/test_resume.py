@@ -135,6 +135,25 @@ def test_on_another_number_of_processes_and_micro_batch(data_dir, pair, tmp_path
     assert (event["changed"]["batch_size"], event["world_size"]) == ([2, 1], processes or 1)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_on_two_threads(data_dir, tmp_path):
+    """Compiled for a CPU, threads would add up the embedding's gradient in any order, but for deterministic mode."""
+    flags = [*TRAIN, "--compile=True", "--max_steps=12", "--checkpoint_interval=4", "--keep_checkpoints=0"]
+    flags += ["--batch_size=32", "--total_batch_size=1024", "--n_layer=1"]
+    torch.set_num_threads(2)
+    try:
+        assert train(data_dir, tmp_path / "a", *flags).returncode == 0
+        b = tmp_path / "b"
+        b.mkdir()
+        for name in ("ckpt_000004.pt", "metrics.jsonl"):
+            shutil.copy(tmp_path / "a" / name, b)
+        assert train(data_dir, b, *flags, "--resume=True").returncode == 0
+    finally:
+        torch.set_num_threads(1)
+    assert records(b) == records(tmp_path / "a")
+    assert same_state(b, tmp_path / "a")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals
 

@@ -42,6 +42,7 @@ class TortureConfig:
     compile: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     steps: int = 300
+    threads: int = 1  # of each process
     seed: int = 0  # of the moments
 
 
@@ -51,7 +52,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder, "data"))
         alone, tortured = Path(folder, "alone"), Path(folder, "tortured")
-        straight = subprocess.run(command(config, folder, alone, restarts=0), capture_output=True, text=True, env=env())
+        straight = subprocess.run(
+            command(config, folder, alone, restarts=0), capture_output=True, text=True, env=env(config)
+        )
         if straight.returncode:
             raise UserError(straight.stderr)
         began = time.perf_counter()
@@ -73,7 +76,9 @@ def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -
     kills, saving = 0, 0
     pipe = subprocess.PIPE
     while kills < config.kills:
-        process = subprocess.Popen(command(config, folder, out, 0), stdout=pipe, stderr=pipe, text=True, env=env())
+        process = subprocess.Popen(
+            command(config, folder, out, 0), stdout=pipe, stderr=pipe, text=True, env=env(config)
+        )
         if config.signal == "KILL" and rng.random() < 0.1:  # some while it starts
             time.sleep(rng.uniform(0, 3))
         else:
@@ -100,14 +105,14 @@ def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -
         if events[-1]["step"] and states[-1] != out / f"ckpt_{events[-1]['step']:06d}.pt":
             raise UserError(f"stopped at {events[-1]}, but the newest checkpoint is {states[-1]}")
         kills += 1
-    last = subprocess.run(command(config, folder, out, restarts=0), capture_output=True, text=True, env=env())
+    last = subprocess.run(command(config, folder, out, restarts=0), capture_output=True, text=True, env=env(config))
     return last.returncode == 0, saving
 
 
 def torture_ranks(config: TortureConfig, folder: str, out: Path, rng: random.Random) -> tuple[bool, int]:
     """One launch of torchrun, of which single processes are killed."""
     with open(os.path.join(folder, "log"), "w") as log:
-        process = subprocess.Popen(command(config, folder, out, config.kills), stdout=log, stderr=log, env=env())
+        process = subprocess.Popen(command(config, folder, out, config.kills), stdout=log, stderr=log, env=env(config))
     saving = 0
     for blow in range(config.kills):
         while len(starts(out)) <= blow:  # until the group runs
@@ -158,8 +163,8 @@ def command(config: TortureConfig, folder: str, out: Path, restarts: int) -> lis
     ]  # fmt: skip
 
 
-def env() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def env(config: TortureConfig) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
 
 
 def make_data(folder: Path) -> None:
