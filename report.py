@@ -4,13 +4,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, cli, configure
+from configurator import UserError, check, cli, configure
 from metrics import read_metrics
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     dpi: int = 120  # resolution of the plots
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.dpi <= 1200:
+            raise ValueError(f"dpi = {self.dpi}, but it must be in [10, 1200]")
 
 
 def main() -> int:
@@ -19,12 +23,33 @@ def main() -> int:
     if not folders:
         raise UserError("which run? python report.py RUN_FOLDER, e.g. out/quickstart")
     for folder in folders:
+        check("folder", folder, {"folder": str}, "RUN_FOLDER")
         path = Path(folder, "metrics.jsonl")
         if not path.exists():
             raise UserError(f"{folder}: no metrics.jsonl, so not a run's folder")
-        for written in plot(read_metrics(path), Path(folder), config.dpi):
-            print(written)
+        try:
+            records = read_metrics(path)
+            check_records(records, path)
+            for written in plot(records, Path(folder), config.dpi):
+                print(written)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
+            raise UserError(f"{path}: {error}; the file is damaged") from None
     return 0
+
+
+def check_records(records: list, path: Path) -> None:
+    """Raises UserError for a record that has not what a plot needs; an unknown loss is null."""
+    plotted = {"run": ("parameters",), "train": ("step", "loss", "lr"), "val": ("step", "val_loss")}
+    for line, record in enumerate(records, 1):
+        kind = record.get("kind") if isinstance(record, dict) else None
+        for name in plotted.get(kind, ()) if isinstance(kind, str) else ("kind",):
+            value = record.get(name, "") if isinstance(record, dict) else ""
+            if value is None and name not in ("step", "parameters"):
+                continue
+            if type(value) not in (int, float) or not abs(value) < 1e15:
+                raise UserError(f"{path}:{line}: not a run's record: {kind} with {name} = {str(value)[:100]!r}")
 
 
 def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
@@ -57,7 +82,8 @@ def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
                 axes.annotate(
                     f"{values[-1]:.4f}", (steps[-1], values[-1]), (0, 6), textcoords="offset points", ha="right"
                 )
-        axes.set(xlabel="optimizer step", ylabel=label, title=title)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.set_title(title, parse_math=False)  # a folder may be called $
         axes.grid(alpha=0.3)
         if lines[0][0]:
             axes.legend()
