@@ -377,9 +377,10 @@ def read_progress(out_dir: Path, config: DataConfig, settings: dict) -> dict | N
         counts = progress if done else progress["counts"]
         numbers = [counts[name] for name in COUNTS]
         if not done:
-            numbers += [*progress.get("cursor", Cursor()), progress.get("skip", 0)]
             numbers += [progress["shards"][split] for split in ("train", "val")]
-        if len(numbers) != len(COUNTS) + (0 if done else 9) or any(type(n) is not int or n < 0 for n in numbers):
+            if any(numbers[-2:]):  # else it is that of a fresh start
+                numbers += [*Cursor._make(progress["cursor"]), progress["skip"]]  # all six
+        if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError
         check_same(out_dir, dict(progress["settings"]), settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

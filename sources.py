@@ -132,7 +132,8 @@ def read_jsonl(path: str, column: str, start: int) -> Iterator[tuple]:
             file.seek(start)
             for line in file:
                 if line.strip():
-                    yield start, row_text(json.loads(line), column), True, True
+                    row = json.loads(line.decode("utf-8" if start else "utf-8-sig"))
+                    yield start, row_text(row, column), True, True
                 start += len(line)
         except (ValueError, EOFError, RecursionError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path}: the line at byte {start}: {error}") from None
@@ -153,7 +154,7 @@ def open_parquet(path: str, column: str) -> Any:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are checksums
         check_column(path, column, file.schema_arrow)
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None

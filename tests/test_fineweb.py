@@ -297,6 +297,12 @@ def test_own_tokenizer_goes_with_the_shards(tmp_path):
     assert read_split(tmp_path / "out", "train") == tokens_of(documents()[:30], enc)
 
 
+def test_a_byte_order_mark_is_no_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}')
+    prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
+    assert read_split(tmp_path / "out", "train") == tokens_of(["a"])
+
+
 def test_half_a_surrogate_pair(tmp_path):
     write_rows(tmp_path / "a.jsonl", ["a\ud83d b", "c"])
     meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
@@ -444,6 +450,7 @@ def source(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "wide.jsonl").write_text('{"text": "a"}', encoding="utf-16")
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps(dict.fromkeys([f"c\n{i}" for i in range(9999)])) + "\n")
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a", "b"])] * 2, ["text", "text"])
@@ -451,6 +458,12 @@ def source(tmp_path):
     latin = pyarrow.array([b"caf\xe9", b"b"])
     latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, latin.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a" * 99, "b" * 99]}), tmp_path / "flipped.parquet",
+        compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
+    )  # fmt: skip
+    flipped = (tmp_path / "flipped.parquet").read_bytes()
+    (tmp_path / "flipped.parquet").write_bytes(flipped.replace(b"bbb", b"cbb", 1))
     whole = (tmp_path / "source" / "train.parquet").read_bytes()
     (tmp_path / "thrift.parquet").write_bytes(whole[:-100] + bytes(60) + whole[-40:])
     (tmp_path / "foreign").mkdir()
@@ -472,6 +485,8 @@ def source(tmp_path):
         ({"files": "{}/twice.parquet"}, "2 columns are called 'text'"),
         ({"files": "{}/latin.parquet"}, "latin.parquet.*utf-8"),
         ({"files": "{}/thrift.parquet"}, "thrift.parquet"),
+        ({"files": "{}/flipped.parquet"}, "flipped.parquet.*CRC"),
+        ({"files": "{}/wide.jsonl"}, "line at byte 0.*utf-8"),
         ({"files": "{}/source/*", "tokenizer": "~nobody-here/x.json"}, "nobody-here"),
         ({"files": "{}/source/*", "text_column": "txt"}, "did you mean text"),
         ({"files": "{}/source/*", "text_column": "id"}, "int64"),
