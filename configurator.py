@@ -25,10 +25,14 @@ from typing import Any, Literal, Union
 
 
 class UserError(Exception):
-    """A mistake of the user's, in one line: what is wrong, where, and what to do. `cli` makes it exit status 2."""
+    """A mistake of the user's, in one line: what is wrong, where, and what to do. `cli` makes it exit status 2.
 
-    def __init__(self, message: str) -> None:
+    `alone`: of several processes only this one knows (as a rule all of them raise the same).
+    """
+
+    def __init__(self, message: str, alone: bool = False):
         super().__init__(" ".join(message.splitlines()))  # one line, whatever it quotes
+        self.alone = alone
 
 
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
@@ -36,9 +40,16 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         status = main() or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
+        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except KeyboardInterrupt:
+        status = 130  # as a shell calls it
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        status = 1
     if "RANK" in os.environ:  # torchrun: gloo's threads outlive its group and now and then abort a Python that winds up
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,6 +7,7 @@ has to be saved to resume, and the global batch is the same on any number of pro
 
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +33,17 @@ def read_meta(data_dir: str) -> dict:
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
     path = Path(data_dir, "meta.json")
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); prepare the data anew") from None
+    kinds = {"tokenizer": str, "vocab_size": int, "train_tokens": int, "val_tokens": int}
+    for name, kind in kinds.items():
+        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+            raise UserError(f"{path}: {name} is missing or no {kind.__name__}; prepare the data anew")
+    return meta
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
@@ -52,14 +60,24 @@ def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
 
 
 class Windows:
-    """The windows of one split, numbered 0 to len - 1 through its shards in the order of their names."""
+    """The windows of one split, numbered 0 to len - 1 through its shards in the order of their names.
 
-    def __init__(self, data_dir: str, split: str, seq_len: int):
-        paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
-        if not paths:
+    Raises UserError where a shard is not whole or missing; an id of vocab_size or more is one when it is read.
+    """
+
+    def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
+        self.paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
+        if not self.paths:
             raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
-        self.seq_len = seq_len
-        self.shards = [open_shard(path) for path in paths]
+        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
+        tokens = sum(map(len, self.shards))
+        expected = read_meta(data_dir).get(f"{split}_tokens", tokens)
+        if tokens != expected:
+            raise UserError(
+                f"{data_dir}: meta.json says {expected} {split} tokens, but {len(self.shards)} shards hold {tokens}; "
+                "restore what is missing or changed, or prepare the data anew"
+            )
         counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
         self.ends = np.cumsum(counts)
         if not len(self):
@@ -80,8 +98,41 @@ class Windows:
             first = int(self.ends[shard - 1]) if shard else 0
             start = (int(index) - first) * T
             row[:] = self.shards[shard][start : start + T + 1]
+            if row.max() >= self.vocab_size:
+                # Only the process that reads this window knows.
+                raise UserError(
+                    f"{self.paths[shard]}: token {start + int(row.argmax())} is {row.max()}, but the vocabulary has "
+                    f"{self.vocab_size} ids; the shard is damaged or of another tokenizer",
+                    alone=True,
+                )
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
+
+    def fingerprint(self) -> dict[str, int]:
+        """{shard's name: checksum} to notice data that changed: of all tokens of a small shard, of pages spread over a
+        large one, which takes milliseconds whatever its size."""
+        return {path.name: checksum(shard) for path, shard in zip(self.paths, self.shards, strict=True)}
+
+
+def same_data(data_dir: str, train: Windows, val: Windows | None, saved: dict) -> dict:
+    """The fingerprints of both splits. Raises UserError where a shard is not as `saved` ones say it was."""
+    now = {"train": train.fingerprint()} | ({"val": val.fingerprint()} if val else {})
+    for split in now.keys() & saved.keys():
+        for name in sorted(now[split].keys() | saved[split].keys()):
+            if now[split].get(name) != saved[split].get(name):
+                what = "new" if name not in saved[split] else "gone" if name not in now[split] else "not the same"
+                raise UserError(
+                    f"{Path(data_dir, name)}: {what} since this run began; restore it, or start another run"
+                )
+    return saved | now
+
+
+def checksum(shard: np.ndarray) -> int:
+    size = 2048 if len(shard) > 1 << 20 else len(shard)  # tokens of a page of 4 KB
+    value = len(shard)
+    for start in np.linspace(0, len(shard) - size, 16 if size < len(shard) else 1).astype(np.int64):
+        value = zlib.crc32(np.ascontiguousarray(shard[start : start + size]), value)
+    return value
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

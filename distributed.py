@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 
@@ -34,6 +37,8 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 3090": 71e12,
 }
 
+TIMEOUT = timedelta(minutes=15)  # how long a process waits for the others: compiling, saving, or hung
+
 
 class World:
     """This process among `size`: its `rank` and `device`. Started by torchrun, or alone."""
@@ -46,9 +51,17 @@ class World:
         self.device = pick_device(device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        # torchrun makes a folder for each launch, whose name tells a group that was restarted from another run's.
+        folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        self.launch = Path(folder).parent.parent.parent.name if folder else None
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
         if "RANK" in os.environ:
+            # Restarted processes get the store of those before, and would try to reach them under their old addresses.
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            store = dist.PrefixStore(f"restart {self.restarts} of {size}", store)
             # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
     def wrap(self, model: nn.Module, *example: Tensor) -> nn.Module:
         """The model whose backward averages gradients over all ranks. `example` are inputs that give a loss."""

@@ -34,22 +34,22 @@ def main() -> int:
                 print(written)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
-            raise UserError(f"{path}: {error}; the file is damaged") from None
+        except RecursionError:
+            raise UserError(f"{path}: damaged: a record is nested too deeply") from None
     return 0
 
 
-def check_records(records: list, path: Path) -> None:
-    """Raises UserError for a record that has not what a plot needs; an unknown loss is null."""
+def check_records(records: list[dict], path: Path) -> None:
+    """Raises UserError where the records have not what a plot needs; a loss that is not known is null."""
+    if not records:
+        raise UserError(f"{path}: no record of a run in it")
     plotted = {"run": ("parameters",), "train": ("step", "loss", "lr"), "val": ("step", "val_loss")}
-    for line, record in enumerate(records, 1):
-        kind = record.get("kind") if isinstance(record, dict) else None
-        for name in plotted.get(kind, ()) if isinstance(kind, str) else ("kind",):
-            value = record.get(name, "") if isinstance(record, dict) else ""
-            if value is None and name not in ("step", "parameters"):
-                continue
-            if type(value) not in (int, float) or not abs(value) < 1e15:
-                raise UserError(f"{path}:{line}: not a run's record: {kind} with {name} = {str(value)[:100]!r}")
+    for record in records:
+        for name in plotted.get(record["kind"], ()):
+            value = record.get(name, "")
+            known = value is not None or name in ("step", "parameters")
+            if known and (type(value) not in (int, float) or not abs(value) < 1e15):
+                raise UserError(f"{path}: damaged: a {record['kind']} record has {name} = {str(value)[:100]!r}")
 
 
 def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:

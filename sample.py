@@ -1,7 +1,8 @@
-"""Text from a checkpoint, streamed as it is made.
+"""Text from a checkpoint or from GPT-2, streamed as it is made.
 
 python sample.py --start="def main"                  the newest run under out/
 python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
+python sample.py --model=gpt2 --start="Once upon a time"
 """
 
 import codecs
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-import checkpoint
 from configurator import UserError, cli, configure
 from distributed import pick_device
+from huggingface import load_model
 from model import GPT
 from tokenizer import get_tokenizer
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model: str | None = None  # a checkpoint or a run's folder; None: the newest run under out/
+    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
     start: str = ""  # text to continue, or FILE:path; empty: the start of a document
     num_samples: int = 1  # made together as one batch; the first is streamed
     max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
@@ -51,7 +52,7 @@ class SampleConfig:
 def main() -> int:
     config, _ = configure(SampleConfig)
     device = pick_device(config.device)
-    model, tokenizer, path = checkpoint.load_model(config.model, device)
+    model, tokenizer, path = load_model(config.model, device)
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not known, so its ids have no text")
     enc = get_tokenizer(tokenizer)

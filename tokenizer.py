@@ -179,3 +179,45 @@ def _byte_level_bpe(data: dict, where: str) -> tiktoken.Encoding:
     if not all(bytes([i]) in ranks for i in range(256)):
         raise UserError(f"{where}: some of the 256 single bytes are not in its vocabulary")
     return tiktoken.Encoding("tokenizer.json", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def to_json(enc: tiktoken.Encoding) -> dict:
+    """The tokenizer in the format of Hugging Face `tokenizers`, which get_tokenizer reads back. Raises UserError for
+    one that splits text in another way than GPT-2's (without merges that does not matter)."""
+    merges = merges_of(enc)
+    if merges and enc._pat_str != GPT2_PATTERN:
+        raise UserError(f"tokenizer {enc.name} does not split text as GPT-2's, so it cannot be written as one")
+    char = {byte: c for c, byte in byte_alphabet().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(char[byte] for byte in token)
+
+    specials = sorted(enc._special_tokens.items(), key=lambda item: item[1])
+    vocab = {spell(token): i for token, i in enc._mergeable_ranks.items()} | enc._special_tokens
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": token} | flags for token, i in specials],
+        "pre_tokenizer": by_bytes, "decoder": by_bytes,
+        "model": {
+            "type": "BPE", "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [f"{spell(a)} {spell(b)}" for a, b in merges],
+        },
+    }  # fmt: skip
+
+
+def merges_of(enc: tiktoken.Encoding) -> list[tuple[bytes, bytes]]:
+    """The merges in their order, which tiktoken does not keep: a token joins the two parts that BPE with the tokens
+    before it makes of its bytes."""
+    ranks, merges = enc._mergeable_ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            i = joined.index(min(joined))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            assert ranks.keys() >= set(parts), token
+            merges.append(tuple(parts))
+    return merges

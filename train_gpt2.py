@@ -7,6 +7,7 @@ The run goes to out_dir: metrics.jsonl and ckpt_<step>.pt. A stopped run goes on
 """
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import math
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +30,9 @@ from torch import Tensor
 
 import checkpoint
 from configurator import UserError, cli, configure
-from dataloader import Windows, data_tokenizer, read_meta, train_batches, val_batches
+from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
 from distributed import World, hardware, pick_dtype
-from metrics import Metrics, bits_per_byte
+from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -42,13 +44,14 @@ class TrainConfig:
     # files
     out_dir: str = "out/gpt2_124m"  # where the run goes
     data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py
-    init_from: str = "scratch"  # "scratch", or a checkpoint or run folder whose weights to start from
-    resume: bool = False  # go on from the newest checkpoint in out_dir; start afresh where there is none
+    init_from: str = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
+    resume: bool = False  # go on from the newest checkpoint in out_dir, with its options; start afresh without one
     # machine
     seed: int = 1337  # of the initial weights, the data order and dropout
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool = True  # torch.compile: faster steps after a minute of compiling
+    deterministic: bool = False  # the same bits whenever it is run, on GPUs too (slower); on CPUs they always are
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
     batch_size: int = 16  # sequences in a micro-batch, on each process
@@ -69,6 +72,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW: memory of the gradient
     beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
+    max_skipped: int = 20  # give up (exit status 3) after so many steps in a row without a finite loss and gradient
     # what else happens; an interval of 0 means never
     val_interval: int = 250  # steps between evaluations
     val_tokens: int = 10485760  # the first so many tokens of the val split
@@ -79,7 +83,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines and train records
 
     def __post_init__(self):
-        at_least_1 = ("batch_size", "total_batch_size", "log_interval", "seq_len", "max_steps")
+        at_least_1 = ("batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
         at_least_0 = ("seed", "val_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints")
         at_least_0 += ("warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens")
         for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -102,7 +106,12 @@ class TrainConfig:
             raise ValueError("target_val_loss is looked at in evaluations, but val_interval = 0 means there are none")
 
 
-MAX_NON_FINITE = 20  # steps in a row; a float16 scaler may need about 16 to find its scale
+# Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
+MAY_CHANGE = {
+    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "deterministic", "batch_size", "max_steps", "epochs",
+    "target_loss", "target_val_loss", "max_skipped", "val_interval", "sample_interval", "sample_start",
+    "checkpoint_interval", "keep_checkpoints", "log_interval",
+}  # fmt: skip
 
 
 def main() -> int:
@@ -113,29 +122,57 @@ def main() -> int:
 
     def say(text: str) -> None:
         if world.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # the terminal is gone, or the disk of a log file full: no reason to end a run
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     # What can be wrong is looked at before anything is written.
-    resume_path = world.agree(lambda: find_run(config))
-    meta = read_meta(config.data_dir)
-    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
-    if meta and "vocab_size" not in given:
-        gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
-    saved, weights = None, None
+    earlier = None
+
+    def look() -> Path | None:
+        nonlocal earlier
+        try:
+            earlier = lock_metrics(config.out_dir)
+        except OSError as error:
+            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
+        return find_run(config, world)
+
+    resume_path = world.agree(look)
+    saved, weights, changed = None, None, {}
     if resume_path:
         saved = checkpoint.load(resume_path)
-        gpt_config, weights = checkpoint.same_model(saved, gpt_config, given, resume_path), saved["model"]
+        if missing := {"config", "optimizers", "scaler", "data"} - saved.keys():
+            raise UserError(f"{resume_path}: has no {', '.join(missing)} to go on from; use it with --init_from")
+        now = {name: f"--{name}" for name in ("out_dir", "resume", "device")} | given
+        config = checkpoint.as_it_was(saved["config"], config, now, MAY_CHANGE, resume_path)
+        gpt_config = checkpoint.as_it_was(saved["gpt_config"], gpt_config, given, (), resume_path)
+        changed = {
+            name: [saved["config"].get(name), value]
+            for name, value in dataclasses.asdict(config).items()
+            if value != saved["config"].get(name) and name not in ("out_dir", "resume")
+        }
+    meta = read_meta(config.data_dir)
+    if resume_path:
+        weights = saved["model"]
     elif config.init_from != "scratch":
-        gpt_config, weights = checkpoint.starting_weights(
-            config.init_from, gpt_config, given, meta.get("vocab_size", 0)
-        )
+        from huggingface import starting_weights  # tokenizers take a while to import
+
+        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, meta.get("vocab_size", 0))
+    elif meta and "vocab_size" not in given:
+        gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
+    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
     if gpt_config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
     T = config.seq_len or gpt_config.block_size
     if gpt_config.block_size < T:
         raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
-    train = Windows(config.data_dir, "train", T)
-    val = Windows(config.data_dir, "val", T) if config.val_interval else None
+    config = dataclasses.replace(config, seq_len=T)
+    vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
+    train = Windows(config.data_dir, "train", T, vocab_size)
+    val = Windows(config.data_dir, "val", T, vocab_size) if config.val_interval else None
+    data_then = saved["data"] if saved else {}
+    data = world.agree(lambda: same_data(config.data_dir, train, val, data_then))
     if val and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if config.total_batch_size % (config.batch_size * T * world.size):
@@ -148,12 +185,17 @@ def main() -> int:
         raise UserError(f"{config.data_dir}: its tokenizer is not known, so no samples; use --sample_interval=0")
     if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
-    if saved and (saved["step"] >= max_steps or saved["target_reached"]):
+    target_reached = bool(saved and saved["target_reached"] and not changed.keys() & {"target_loss", "target_val_loss"})
+    if saved and (saved["step"] >= max_steps or target_reached) and not saved["stopped"]:
         say(f"{config.out_dir}: this run is done, at step {saved['step']}")
         world.close()
         return 0
 
     # The model, its optimizers, and the state to go on from.
+    if config.deterministic or device.type == "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
@@ -167,13 +209,16 @@ def main() -> int:
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, target_reached = 0, {"step": None, "val_loss": math.inf}, False
+    step, saved_step, best, skipped = 0, 0, {"step": None, "val_loss": math.inf}, 0
     if saved:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
-        step, best = saved["step"], saved["best"]
-    del saved, weights
+            optimizer.load_state_dict(copy.deepcopy(state) if device.type == "cpu" else state)  # else it is no copy
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        step, best, skipped = saved["step"], saved["best"], saved["skipped"]
+        saved_step = None if saved["stopped"] else step  # where a signal came, the evaluations are still to be made
+        del state
+    del saved, weights  # and with them the file, which stays on disk for as long as anything is mapped to it
     if config.compile:
         model.compile()
     example = torch.zeros(config.batch_size, T, dtype=torch.int64, device=device)
@@ -181,35 +226,56 @@ def main() -> int:
         wrapped = world.wrap(model, example, example)
     batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
 
-    log = Metrics(config.out_dir, step if resume_path else None) if world.is_main else None
+    stop_signals: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        stop_signals.append(number)  # stop after this step, on all ranks
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at once at the next Ctrl-C, whatever is going on
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    log = None
+
+    def begin() -> None:
+        nonlocal log
+        try:
+            log = Metrics(config.out_dir, step if resume_path else None, earlier)
+            checkpoint.clean(config.out_dir)
+        except OSError as error:
+            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
+
+    world.agree(begin)
     record = log.write if log else lambda kind, **values: None
     card, peak_flops = hardware(device)
+    about = dict(
+        commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
+        world_size=world.size, dtype=str(dtype).removeprefix("torch."), launch=world.launch,
+        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    )  # fmt: skip
     if resume_path:
-        record("event", event="resume", step=step, checkpoint=resume_path.name, world_size=world.size)
+        record("event", event="resume", step=step, checkpoint=resume_path.name, changed=changed, **about)
     else:
         record(
             "run", config=dataclasses.asdict(config), gpt_config=dataclasses.asdict(gpt_config),
-            parameters=model.num_params(), max_steps=max_steps, dtype=str(dtype).removeprefix("torch."),
-            commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
-            world_size=world.size, data=meta,
+            parameters=model.num_params(), max_steps=max_steps, data=meta, **about,
         )  # fmt: skip
     say(f"model: {model.num_params():,} parameters, on {world.size} x {card} in {dtype}")
     say(f"data: {len(train):,} windows of {T} tokens in {config.data_dir}; {max_steps * rows / len(train):.2f} epochs")
     say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
     say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
-    stop_signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # the first asks to stop after this step, a second one insists
-        signal.signal(number, lambda n, _: sys.exit(128 + n) if stop_signals else stop_signals.append(n))
+    for name, (before, after) in changed.items():
+        say(f"changed: {name} = {after}, was {before}")
     gc.enable()
-    saved_step, non_finite = step, 0
-    logged_step, logged_at = step, time.perf_counter()
+    stopping = False
+    logged_step, seconds = step, 0.0  # of training since then
 
     def log_step() -> None:
-        nonlocal logged_step, logged_at
-        now = time.perf_counter()
-        dt = (now - logged_at) / (step - logged_step)
-        logged_step, logged_at = step, now
+        nonlocal logged_step, seconds
+        dt = seconds / (step - logged_step)
+        logged_step, seconds = step, 0.0
         tokens_per_sec = config.total_batch_size / dt
         mfu = model.flops_per_token(T) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
         record(
@@ -221,10 +287,23 @@ def main() -> int:
             f"{tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (max_steps - step))}"
         )
 
+    def save() -> str | None:
+        """What went wrong, if it did."""
+        state = {
+            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(), "step": step, "best": best, "skipped": skipped, "stopped": stopping,
+            "target_reached": target_reached, "data": data, "gpt_config": dataclasses.asdict(gpt_config),
+            "config": dataclasses.asdict(config), "tokenizer": tokenizer,
+        }  # fmt: skip
+        try:
+            log.sync()  # what led to a checkpoint is on disk before it
+            keep = 0 if skipped else config.keep_checkpoints  # a run that fails pushes no good one out
+            say(f"saved {checkpoint.save(state, config.out_dir, keep, best['step'])}")
+        except OSError as error:
+            return error.strerror or str(error)
+
     while True:
         # Between two steps: validation, samples, a checkpoint, or the end.
-        stopping = world.sum([len(stop_signals)])[0] > 0  # waits for the slowest rank, so it is part of the step
-        pause = time.perf_counter()
         done = step >= max_steps or target_reached
         due = {
             name: interval > 0 and not stopping and (step % interval == 0 or done)
@@ -237,8 +316,10 @@ def main() -> int:
         if due["val"]:
             val_loss = evaluate(
                 model, val_batches(val, config.val_tokens, config.batch_size, world.rank, world.size, device),
-                config.batch_size, autocast, world,
+                config.batch_size, autocast, world, stop_signals,
             )  # fmt: skip
+            stopping = val_loss is None  # a resumed run evaluates anew
+        if due["val"] and not stopping:
             if config.target_val_loss is not None and val_loss < config.target_val_loss:
                 done = target_reached = True
             bpb = bits_per_byte(val_loss, meta)
@@ -246,34 +327,41 @@ def main() -> int:
             say(
                 f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else "")
             )
-        if due["sample"] and world.is_main:
-            from sample import complete  # tokenizers take a while to import
-            from tokenizer import get_tokenizer
-
-            model.eval()
-            text = "".join(piece for [piece] in complete(model, get_tokenizer(tokenizer), config.sample_start, 1, 200))
-            model.train()
-            record("sample", step=step, text=config.sample_start + text)
-            say(f"--- sample\n{config.sample_start}{text}\n---")
-        if step > saved_step and (due["checkpoint"] or done or stopping):
-            if due["val"] and val_loss < best["val_loss"]:  # the best of those saved
-                best = {"step": step, "val_loss": val_loss}
+        if due["sample"] and not stopping:
             if world.is_main:
-                state = {
-                    "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "scaler": scaler.state_dict(), "step": step, "best": best, "target_reached": target_reached,
-                    "gpt_config": dataclasses.asdict(gpt_config), "config": dataclasses.asdict(config),
-                    "tokenizer": tokenizer,
-                }  # fmt: skip
-                say(f"saved {checkpoint.save(state, config.out_dir, config.keep_checkpoints, best['step'])}")
-            saved_step = step
-        logged_at += time.perf_counter() - pause  # dt is of steps alone
+                text = config.sample_start + sample(model, tokenizer, config.sample_start, stop_signals)
+            stopping = world.sum([len(stop_signals)])[0] > 0
+            if world.is_main and not stopping:
+                record("sample", step=step, text=text)
+                say(f"--- sample\n{text}\n---")
         if done and step > logged_step:
             log_step()
+        regular = (due["checkpoint"] and step > 0) or done
+        best_before = best
+        if regular and due["val"] and not stopping and val_loss < best["val_loss"]:  # the best of those saved
+            best = {"step": step, "val_loss": val_loss}
+        if done and not stopping:
+            record("event", event="done", step=step, target_reached=target_reached)
+        elif stopping:
+            name = signal.Signals(stop_signals[0]).name if stop_signals else None  # None: another rank's
+            record("event", event="stopped", step=step, signal=name)
+        if step != saved_step and (regular or stopping):
+            problem = world.agree(save)
+            if problem and (done or stopping):
+                raise UserError(
+                    f"{config.out_dir}: step {step} is not saved: {problem}; mend that, and go on with --resume=True"
+                )
+            if problem:
+                record("event", event="not saved", step=step, problem=problem)
+                say(f"NOT SAVED at step {step}: {problem}; older checkpoints are untouched, and the run goes on")
+                best = best_before
+            else:
+                saved_step = step
         if done or stopping:
             break
 
         # One step: the gradient of the whole batch, micro-batch by micro-batch, and an update.
+        began = time.perf_counter()
         step += 1
         lr = learning_rate(
             step, config.schedule, config.learning_rate, config.min_lr, config.warmup_steps, max_steps,
@@ -283,34 +371,40 @@ def main() -> int:
             torch.manual_seed(
                 int(np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0])
             )
-        loss = torch.zeros((), device=device)
+        numbers = torch.zeros(2, device=device)  # the mean loss; whether to stop
         for micro_batch in range(micro_batches):
             x, y = next(batches)
             world.sync_gradients(wrapped, on=micro_batch == micro_batches - 1)
             with autocast:
                 micro_loss = wrapped(x, y) / micro_batches
-            loss += micro_loss.detach()
+            numbers[0] += micro_loss.detach()
             scaler.scale(micro_loss).backward()
-        world.mean_(loss)
+        numbers[1] += len(stop_signals)
+        world.mean_(numbers)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf).item()  # the step's one wait
+        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        norm, (loss, stop) = norm.item(), numbers.tolist()  # the step's one wait
+        stopping = stop > 0
+        finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all ranks
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if math.isfinite(norm):  # one bad gradient anywhere spoils the clipped gradients everywhere
+            if finite:  # else one bad gradient would spoil every weight and running mean, for good
                 scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
+        seconds += time.perf_counter() - began
 
-        loss = loss.item()
-        non_finite = 0 if math.isfinite(norm) else non_finite + 1
-        if non_finite:
+        skipped = 0 if finite else skipped + 1
+        if skipped:
             record("event", event="skipped step", step=step, loss=loss, grad_norm=norm)
             say(f"step {step:>5}/{max_steps} | skipped: loss {loss}, gradient norm {norm}")
-        if non_finite == MAX_NON_FINITE:
+        if skipped == config.max_skipped:
             record("event", event="gave up", step=step)
-            say(f"gave up: {MAX_NON_FINITE} steps in a row without a finite gradient; the last checkpoint is kept")
+            say(f"gave up: {skipped} steps in a row without a finite loss and gradient; the last checkpoint is kept")
+            batches.close()
+            world.close()
             return 3
         target_reached = config.target_loss is not None and loss < config.target_loss
         if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
@@ -318,12 +412,8 @@ def main() -> int:
 
     batches.close()
     if stopping and not done:
-        record(
-            "event", event="stopped", step=step, signal=signal.Signals(stop_signals[0]).name if stop_signals else None
-        )
         say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")
     else:
-        record("event", event="done", step=step, target_reached=target_reached)
         say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
         say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
     world.close()
@@ -333,27 +423,48 @@ def main() -> int:
 @torch.no_grad()
 def evaluate(
     model: GPT, batches: Iterable[tuple[Tensor, Tensor]], batch_size: int, autocast: contextlib.AbstractContextManager,
-    world: World,
-) -> float:  # fmt: skip
-    """Mean loss in nats per token over every rank's batches."""
+    world: World, stop_signals: list[int],
+) -> float | None:  # fmt: skip
+    """Mean loss in nats per token over every rank's batches; None where a signal came first, on any rank."""
     model.eval()
     losses, counts = [], []
     for x, y in batches:
+        if stop_signals:
+            break
         forward = model if len(x) == batch_size else model.forward  # a ragged last batch is not worth compiling for
         with autocast:
             losses.append(forward(x, y))
         counts.append(y.numel())
     model.train()
     losses = [loss.item() for loss in losses]  # one wait at the end
-    total, tokens = world.sum([sum(loss * count for loss, count in zip(losses, counts, strict=True)), sum(counts)])
-    return total / tokens
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+    total, tokens, stop = world.sum([total, sum(counts), len(stop_signals)])
+    return None if stop else total / tokens
 
 
-def find_run(config: TrainConfig) -> Path | None:
+def sample(model: GPT, tokenizer: str, start: str, stop_signals: list[int]) -> str:
+    """200 tokens behind `start`, always the same ones of the same weights; fewer where a signal comes."""
+    from sample import complete  # tokenizers take a while to import
+    from tokenizer import get_tokenizer
+
+    model.eval()
+    text = ""
+    for [piece] in complete(model, get_tokenizer(tokenizer), start, 1, 200):
+        text += piece
+        if stop_signals:
+            break
+    model.train()
+    return text
+
+
+def find_run(config: TrainConfig, world: World) -> Path | None:
     """The checkpoint to go on from, or None for a run from the start. Raises UserError rather than overwrite a run."""
-    if config.resume:
+    metrics = Path(config.out_dir, "metrics.jsonl")
+    records = read_metrics(metrics) if world.restarts and metrics.exists() else []
+    restarted = any(record.get("launch") == world.launch for record in records)  # by torchrun, which began this run
+    if config.resume or restarted:
         return checkpoint.newest_whole(config.out_dir)
-    if checkpoint.find(config.out_dir) or Path(config.out_dir, "metrics.jsonl").exists():
+    if checkpoint.find(config.out_dir) or (metrics.exists() and metrics.stat().st_size):
         raise UserError(f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another")
     return None
 

@@ -1,10 +1,15 @@
+import os
 import random
+import resource
+import shutil
+import signal
 
 import pytest
 import torch
 
 import checkpoint
 from configurator import UserError
+from huggingface import load_model
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -24,12 +29,10 @@ def test_round_trip(tmp_path):
     path = checkpoint.save(state(3), tmp_path, keep=0, best_step=None)
     assert path.name == "ckpt_000003.pt"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    for name in (str(path), str(tmp_path)):
-        model, tokenizer, found = checkpoint.load_model(name, CPU)
-        assert (tokenizer, found) == ("bytes", path)
-        assert model.lm_head.weight is model.wte.weight
-        for a, b in zip(model.state_dict().values(), state(3)["model"].values(), strict=True):
-            assert torch.equal(a, b)
+    loaded = checkpoint.load(path)
+    assert (loaded["step"], loaded["tokenizer"]) == (3, "bytes")
+    for a, b in zip(loaded["model"].values(), state(3)["model"].values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
@@ -40,71 +43,128 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert steps(tmp_path) == [1_000_000, 7, 6, 3]  # by number, not by name
 
 
+def test_a_newer_damaged_file_counts_for_nothing(tmp_path):
+    """The run went on from step 2; the damaged ones must not push out what it writes now."""
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path, keep=0, best_step=None)
+    for step in (8, 9):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"half")
+    checkpoint.save(state(3), tmp_path, keep=2, best_step=None)
+    assert steps(tmp_path) == [9, 8, 3, 2]
+    for step in (8, 9):
+        checkpoint.save(state(step), tmp_path, keep=2, best_step=None)
+    assert steps(tmp_path) == [9, 8]
+    assert checkpoint.fault(checkpoint.path_of(tmp_path, 8)) is None
+
+
+def test_a_full_disk_leaves_the_older_ones(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path, keep=2, best_step=None)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    size = len(before["ckpt_000002.pt"])
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (0, 1, size // 2, size - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(OSError, match="too large"):
+                checkpoint.save(state(3), tmp_path, keep=2, best_step=None)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    checkpoint.save(state(3), tmp_path, keep=2, best_step=None)
+    assert steps(tmp_path) == [3, 2]
+
+
+def test_what_a_kill_left_is_cleaned_up(tmp_path):
+    path = checkpoint.save(state(1), tmp_path, keep=0, best_step=None)
+    (tmp_path / ".ckpt_000002.pt.partial").write_bytes(b"half")
+    checkpoint.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_any_damage_is_seen(tmp_path):
     path = checkpoint.save(state(1), tmp_path, keep=0, best_step=None)
     whole = path.read_bytes()
-    assert checkpoint.is_whole(path)
+    assert checkpoint.fault(path) is None
     rng = random.Random(0)
-    damaged = [whole[: rng.randrange(len(whole))] for _ in range(5)] + [b""]
-    for _ in range(20):
+    for size in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20))]:
+        path.write_bytes(whole[:size])
+        assert "damaged" in checkpoint.fault(path)
+    seen = 0
+    for _ in range(200):
         at = rng.randrange(len(whole))
-        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
-    for data in damaged:
-        path.write_bytes(data)
-        if checkpoint.is_whole(path):  # a flip in padding between records harms nothing
-            loaded = checkpoint.load(path)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+        if checkpoint.fault(path) is None:  # a flip in padding between records harms nothing
+            loaded, want = checkpoint.load(path), state(1)
             assert all(
-                torch.equal(a, b) for a, b in zip(loaded["model"].values(), state(1)["model"].values(), strict=True)
+                torch.equal(a, b) for a, b in zip(loaded.pop("model").values(), want.pop("model").values(), strict=True)
             )
-            assert loaded["step"] == 1
+            assert loaded == want
+        else:
+            seen += 1
+    assert seen > 100
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path, capsys):
+    evil = tmp_path / "evil"
+    out = tmp_path / "run"
+    out.mkdir()
+    good = checkpoint.save(state(1), out, keep=0, best_step=None)
+    for name, zipped in (("ckpt_000002.pt", True), ("ckpt_000003.pt", False)):
+        bad = {**state(int(name[10:11])), "optimizers": Malicious(evil)}
+        torch.save(bad, out / name, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            load_model(str(out / name), CPU)
+    assert checkpoint.newest_whole(out) == good
+    assert capsys.readouterr().err.count("not a checkpoint") == 2
+    assert not evil.exists()
 
 
 def test_falls_back_to_the_newest_whole_one(tmp_path, capsys):
     assert checkpoint.newest_whole(tmp_path) is None
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4, 5):
         path = checkpoint.save(state(step), tmp_path, keep=0, best_step=None)
     path.write_bytes(path.read_bytes()[:-100])
+    torch.save({"weights": torch.ones(3)}, tmp_path / "ckpt_000004.pt")  # another program's
+    shutil.copy(tmp_path / "ckpt_000001.pt", tmp_path / "ckpt_000003.pt")  # under another's name
+    for path in checkpoint.find(tmp_path):  # a clock that was set back changes nothing
+        os.utime(path, (1e9 - checkpoint.step_of(path),) * 2)
     assert checkpoint.step_of(checkpoint.newest_whole(tmp_path)) == 2
-    assert "ckpt_000003.pt is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert ["damaged" in said[0], "not a checkpoint" in said[1], "holds step 1" in said[2]] == [True] * 3
     for path in checkpoint.find(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint.newest_whole(tmp_path)
 
 
-def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint under out/"):
-        checkpoint.load_model(None, CPU)
-    for run in ("a", "b"):
-        (tmp_path / "out" / run).mkdir(parents=True)
-        checkpoint.save(state(1), tmp_path / "out" / run, keep=0, best_step=None)
-    assert str(checkpoint.load_model(None, CPU)[2]) == "out/b/ckpt_000001.pt"
+def test_another_versions_architecture(tmp_path):
+    odd = state(1)
+    odd["gpt_config"] = {**odd["gpt_config"], "n_expert": 8}
+    path = checkpoint.save(odd, tmp_path, keep=0, best_step=None)
+    with pytest.raises(UserError, match="n_expert"):
+        load_model(str(path), CPU)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "empty/half.pt"])
-def test_mistakes(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    if name.endswith(".pt"):
-        (tmp_path / name).write_bytes(b"half")
-    with pytest.raises(UserError, match=name):
-        checkpoint.load_model(name, CPU)
-
-
-def test_starting_weights_cropped_and_padded(tmp_path):
-    config = GPTConfig(**{**vars(TINY), "tie_weights": False})
-    path = str(checkpoint.save(state(1, config), tmp_path, keep=0, best_step=None))
-    asked = GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "n_layer": 9})
-    new, weights = checkpoint.starting_weights(path, asked, {"block_size", "dropout"}, 20)
-    assert new == GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "vocab_size": 20})
-    GPT(new).load_state_dict(weights)
-    old = state(1, config)["model"]
-    assert torch.equal(weights["wpe.weight"], old["wpe.weight"][:4])
-    for name in ("wte.weight", "lm_head.weight"):
-        assert torch.equal(weights[name][:16], old[name])
-        assert torch.allclose(weights[name][16:], old[name].mean(0).expand(4, -1))
-    for given in ({"n_layer"}, {"block_size"}):
-        larger = GPTConfig(**{**vars(asked), "block_size": 16})
-        with pytest.raises(UserError, match=next(iter(given))):
-            checkpoint.starting_weights(path, larger, given, 0)
+def test_as_it_was():
+    saved = {**vars(TINY), "dropout": 0.5}
+    del saved["qk_norm"]  # a flag that came later
+    path = "ckpt_000001.pt"
+    assert checkpoint.as_it_was(saved, GPTConfig(), {}, (), path) == GPTConfig(**saved)
+    asked = GPTConfig(dropout=0.1, n_layer=1)
+    with pytest.raises(UserError, match=r"a.py:3: dropout = 0.1, but this run has 0.5"):
+        checkpoint.as_it_was(saved, asked, {"n_layer": "--n_layer", "dropout": "a.py:3"}, (), path)
+    new = checkpoint.as_it_was(saved, asked, {"dropout": "--dropout"}, {"dropout"}, path)
+    assert new == GPTConfig(**{**saved, "dropout": 0.1})
+    with pytest.raises(UserError, match="n_head = 3"):
+        checkpoint.as_it_was(saved, GPTConfig(n_head=3), {"n_head": "--n_head"}, {"n_head"}, path)

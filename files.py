@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all, whatever dies while they are written; and folders with one writer."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from configurator import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """A file to write, which takes its name once all of it is on disk.
+
+    On an error or a full disk (OSError) nothing is left of it, and a file that was there before is as it was. A kill
+    leaves `.NAME.partial`, which the next one overwrites.
+    """
+    partial = partial_of(path)
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # first the data, then the name
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if sys.platform != "win32":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name too
+        os.close(folder)
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def lock(file: int, what: str) -> None:
+    """Keep other processes out until this file handle is closed or this process ends, however that may be.
+
+    Raises UserError where another process has the lock: `what` is in use.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{what}: another process is writing there; wait for it, or choose another --out_dir") from None
+    except OSError as error:
+        print(
+            f"{what}: this file system has no locks ({error.strerror}), so a second run would not be noticed",
+            file=sys.stderr,
+        )

@@ -1,0 +1,222 @@
+"""Kill a small CPU run again and again, at random moments, and compare its end with that of a run left alone.
+
+    python records/2026-11-20_torture/torture.py --signal=KILL --kills=50 --processes=1 --optimizer=muon
+
+KILL: SIGKILL to all its processes at once, as when a machine dies; then the same command with --resume=True.
+TERM: SIGTERM to the launcher; it must end in order, with a checkpoint of the very step that was running.
+RANK: SIGKILL to one process out of several; torchrun --max-restarts must go on by itself.
+A third of the blows wait until a checkpoint is being written. Equal must be: every bit of the last checkpoint (weights,
+optimizer states, best values), and every train, val and sample record but its timings. Prints one JSON line.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from configurator import UserError, cli, configure  # noqa: E402
+from metrics import read_metrics  # noqa: E402
+from shards import shard_header  # noqa: E402
+
+
+@dataclass(frozen=True)
+class TortureConfig:
+    signal: Literal["KILL", "TERM", "RANK"] = "KILL"
+    kills: int = 50
+    processes: int = 1
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
+    compile: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    steps: int = 300
+    seed: int = 0  # of the moments
+
+
+def main() -> int:
+    config, _ = configure(TortureConfig)
+    rng = random.Random(config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder, "data"))
+        alone, tortured = Path(folder, "alone"), Path(folder, "tortured")
+        straight = subprocess.run(command(config, folder, alone, restarts=0), capture_output=True, text=True, env=env())
+        if straight.returncode:
+            raise UserError(straight.stderr)
+        began = time.perf_counter()
+        done, saving = (torture_ranks if config.signal == "RANK" else torture)(config, folder, tortured, rng)
+        seconds = time.perf_counter() - began
+        same = {"records": records(alone) == records(tortured), "state": digest(alone) == digest(tortured)}
+        steps = [r["step"] for r in read_metrics(tortured / "metrics.jsonl") if r["kind"] == "train"]
+        resumed = [r for r in read_metrics(tortured / "metrics.jsonl") if r.get("event") == "resume"]
+        result = dict(
+            **asdict(config), while_saving=saving, resumes_on_record=len(resumed), train_records=len(steps),
+            sha256=digest(tortured)[:16], same=same, seconds=round(seconds),
+        )  # fmt: skip
+        print(json.dumps(result))
+    return 0 if all(same.values()) and done and len(steps) == len(set(steps)) == config.steps else 1
+
+
+def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -> tuple[bool, int]:
+    """Lives that each end with a blow, and one that does not: (whether it reached the end, blows while saving)."""
+    kills, saving = 0, 0
+    pipe = subprocess.PIPE
+    while kills < config.kills:
+        process = subprocess.Popen(command(config, folder, out, 0), stdout=pipe, stderr=pipe, text=True, env=env())
+        if config.signal == "KILL" and rng.random() < 0.1:  # some while it starts
+            time.sleep(rng.uniform(0, 3))
+        else:
+            lines = rng.randrange(2 * config.steps // config.kills)
+            while (line := process.stdout.readline()) and lines >= 0:
+                lines -= "loss" in line or "writing to" in line or "resuming at" in line
+            saving += wait(out, process, rng)
+        everyone = [*descendants(process.pid), process.pid]
+        if process.poll() is not None:
+            raise UserError(f"ended by itself after {kills} blows; give more --steps:\n{process.communicate()}")
+        if config.signal == "KILL":
+            for pid in everyone:
+                kill(pid)
+            process.communicate()
+            kills += 1
+            continue
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        expected = 0 if config.processes == 1 else 1  # torchrun's own
+        events = [r for r in read_metrics(out / "metrics.jsonl") if r.get("event") == "stopped"]
+        states = sorted(out.glob("ckpt_*.pt"))
+        if process.returncode != expected or len(events) != kills + 1:
+            raise UserError(f"SIGTERM ended with {process.returncode} and {events[-1:]}")
+        if events[-1]["step"] and states[-1] != out / f"ckpt_{events[-1]['step']:06d}.pt":
+            raise UserError(f"stopped at {events[-1]}, but the newest checkpoint is {states[-1]}")
+        kills += 1
+    last = subprocess.run(command(config, folder, out, restarts=0), capture_output=True, text=True, env=env())
+    return last.returncode == 0, saving
+
+
+def torture_ranks(config: TortureConfig, folder: str, out: Path, rng: random.Random) -> tuple[bool, int]:
+    """One launch of torchrun, of which single processes are killed."""
+    with open(os.path.join(folder, "log"), "w") as log:
+        process = subprocess.Popen(command(config, folder, out, config.kills), stdout=log, stderr=log, env=env())
+    saving = 0
+    for blow in range(config.kills):
+        while len(starts(out)) <= blow:  # until the group runs
+            if process.poll() is not None:
+                raise UserError(f"ended by itself after {blow} blows; give more --steps:\n{Path(log.name).read_text()}")
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1))
+        saving += wait(out, process, rng)
+        kill(rng.choice(descendants(process.pid)))
+    return process.wait(timeout=300) == 0, saving
+
+
+def starts(out: Path) -> list[str]:
+    """When the groups of processes began (the run's first record is dropped if it had no checkpoint yet)."""
+    path = out / "metrics.jsonl"
+    return (
+        [r["time"] for r in read_metrics(path) if r.get("event") == "resume" or r["kind"] == "run"]
+        if path.exists()
+        else []
+    )
+
+
+def wait(out: Path, process: subprocess.Popen, rng: random.Random) -> bool:
+    """Until the moment of a blow; whether that is while a checkpoint is written."""
+    if rng.random() > 1 / 3:
+        time.sleep(rng.uniform(0, 0.1))
+        return False
+    end = time.perf_counter() + 5
+    while time.perf_counter() < end and process.poll() is None:
+        if any(out.glob(".ckpt_*.partial")):
+            time.sleep(rng.uniform(0, 0.01))
+            return any(out.glob(".ckpt_*.partial"))
+    return False
+
+
+def command(config: TortureConfig, folder: str, out: Path, restarts: int) -> list[str]:
+    launcher = [sys.executable]
+    if config.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
+        launcher += [f"--max-restarts={restarts}"]
+    return [
+        *launcher, str(ROOT / "train_gpt2.py"), f"--data_dir={folder}/data", f"--out_dir={out}", "--resume=True",
+        "--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=128", "--dropout=0.2", "--device=cpu",
+        f"--compile={config.compile}", f"--dtype={config.dtype}", f"--optimizer={config.optimizer}", "--batch_size=2",
+        "--total_batch_size=512", "--learning_rate=3e-3", "--warmup_steps=10", f"--max_steps={config.steps}",
+        "--log_interval=1", "--val_interval=10", "--val_tokens=2000", "--sample_interval=50", "--sample_start=the ",
+        "--checkpoint_interval=3",
+    ]  # fmt: skip
+
+
+def env() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def make_data(folder: Path) -> None:
+    folder.mkdir()
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew tea".split()
+    counts = {}
+    for name, split, n in (("000000", "val", 400), ("000001", "train", 2000), ("000002", "train", 1500)):
+        ids = [256, *" ".join(rng.choice(words) for _ in range(n)).encode()]
+        (folder / f"data_{split}_{name}.bin").write_bytes(shard_header(len(ids)) + np.array(ids, dtype="<u2").tobytes())
+        counts[f"{split}_tokens"] = counts.get(f"{split}_tokens", 0) + len(ids)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, **counts}))
+
+
+def descendants(pid: int) -> list[int]:
+    """A process's children, theirs, and so on (Linux)."""
+    try:
+        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [each for child in children for each in (*descendants(child), child)]
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # a child of one that is dead
+        os.kill(pid, signal.SIGKILL)
+
+
+def records(out: Path) -> list[dict]:
+    timings = ("dt", "tokens_per_sec", "mfu")
+    kept = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] in ("train", "val", "sample")]
+    return [{name: value for name, value in r.items() if name not in timings} for r in kept]
+
+
+def digest(out: Path) -> str:
+    """SHA-256 of the newest checkpoint's content, but for the name of its folder."""
+    path = max(out.glob("ckpt_*.pt"))
+    state = torch.load(path, weights_only=True)
+    state["config"] = {name: value for name, value in state["config"].items() if name != "out_dir"}
+    sha = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, dict):
+            for name in value:
+                sha.update(repr(name).encode())
+                add(value[name])
+        elif isinstance(value, list):
+            for each in value:
+                add(each)
+        elif isinstance(value, torch.Tensor):
+            sha.update(value.contiguous().numpy().tobytes())
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,578 @@
+"""Nothing lost: what killed, stopped, resumed and misled runs end with, compared with a run that was left alone."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TRAIN, call, metrics, run, write_shard
+
+import checkpoint
+import train_gpt2
+from metrics import read_metrics
+
+FLAGS = [
+    *TRAIN, "--resume=True", "--max_steps=24", "--dropout=0.2", "--checkpoint_interval=2", "--sample_interval=8",
+    "--sample_start=the ",
+]  # fmt: skip
+
+
+def train(data_dir, out_dir, *args, processes=None):
+    args = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args]
+    return run("train_gpt2.py", *args, processes=processes) if processes else call("train_gpt2.py", *args)
+
+
+def records(out_dir):
+    """What must not depend on what a run went through."""
+    timings = ("dt", "tokens_per_sec", "mfu")
+    kept = [r for r in read_metrics(Path(out_dir, "metrics.jsonl")) if r["kind"] in ("train", "val", "sample")]
+    return [{name: value for name, value in r.items() if name not in timings} for r in kept]
+
+
+def flat(value, where=""):
+    """A state as {path of names: number, string or tensor}."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, each in pairs for k, v in flat(each, f"{where}/{name}").items()}
+    return {where: value}
+
+
+def same_state(a, b):
+    a, b = (flat(torch.load(max(Path(out).glob("ckpt_*.pt")), weights_only=True)) for out in (a, b))
+    for state in (a, b):
+        for name in ("out_dir", "resume"):
+            state.pop(f"/config/{name}")
+    assert a.keys() == b.keys()
+    for name in a:
+        tensors = isinstance(a[name], torch.Tensor)
+        assert torch.equal(a[name], b[name]) if tensors else a[name] == b[name], name
+    return True
+
+
+def fork(data_dir, out_dir, *args):
+    """A training run in a child process, which needs no second import of torch; its pid."""
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            os._exit(train(data_dir, out_dir, *args).returncode)
+        os._exit(99)
+    return pid
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_kills_at_random_moments_change_nothing(data_dir, tmp_path, optimizer):
+    """The long version, with 50 kills and several processes: records/2026-11-20_torture."""
+    flags = [*FLAGS, f"--optimizer={optimizer}"]
+    assert train(data_dir, tmp_path / "alone", *flags).returncode == 0
+    rng = random.Random(optimizer)
+    out, killed, status = tmp_path / "killed", 0, None
+    while status is None:
+        pid = fork(data_dir, out, *flags)
+        begun = len(list(out.glob("ckpt_*.pt")))
+        newest = max(out.glob("ckpt_*.pt"), default=None)
+        while killed < 8 and max(out.glob("ckpt_*.pt"), default=None) == newest:  # until it gets somewhere
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        if killed < 8:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        _, ended = os.waitpid(pid, 0)
+        status = os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else None
+        assert begun <= 5
+    assert (status, killed) == (0, 8)
+    assert records(out) == records(tmp_path / "alone")
+    assert same_state(out, tmp_path / "alone")
+    assert [path.name for path in out.glob(".*")] == []
+
+
+def test_killed_before_its_first_checkpoint(data_dir, tmp_path):
+    """Its metrics are there, but no checkpoint: with --resume=True it starts afresh, without it is refused."""
+    out = tmp_path / "run"
+    assert train(data_dir, out, *FLAGS, "--max_steps=1").returncode == 0
+    (out / "ckpt_000001.pt").unlink()
+    done = train(data_dir, out, *FLAGS, "--max_steps=1", "--resume=False")
+    assert (done.returncode, "already holds a run" in done.stderr) == (2, True)
+    assert train(data_dir, out, *FLAGS, "--max_steps=1").returncode == 0
+    assert [r["step"] for r in metrics(out, "train")] == [1]
+    assert len(metrics(out, "run")) == 1
+
+
+PAIR = [*TRAIN, "--max_steps=24", "--checkpoint_interval=2", "--keep_checkpoints=0"]
+
+
+@pytest.fixture(scope="module")
+def pair(data_dir, tmp_path_factory):
+    """A run of two processes."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    assert train(data_dir, out, *PAIR, processes=2).returncode == 0
+    return out
+
+
+@pytest.mark.parametrize("processes", [None, 4])
+def test_on_another_number_of_processes_and_micro_batch(data_dir, pair, tmp_path, processes):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("ckpt_000012.pt", "metrics.jsonl"):
+        shutil.copy(pair / name, out)
+    done = train(data_dir, out, *PAIR, "--resume=True", "--batch_size=1", processes=processes)
+    assert done.returncode == 0, done.stderr
+    for have, want in zip(records(out), records(pair), strict=True):
+        assert have == pytest.approx(want, abs=1e-4)
+    assert "changed: batch_size = 1, was 2" in done.stdout
+    (event,) = [e for e in metrics(out, "event") if e["event"] == "resume"]
+    assert (event["changed"]["batch_size"], event["world_size"]) == ([2, 1], processes or 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def start(data_dir, out_dir, *args, launcher=()):
+    command = [
+        sys.executable,
+        *launcher,
+        ROOT / "train_gpt2.py",
+        f"--data_dir={data_dir}",
+        f"--out_dir={out_dir}",
+        *args,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True)
+
+
+def until(process, text):
+    while text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path, number):
+    out = tmp_path / "run"
+    flags = [*TRAIN, "--max_steps=400", "--dropout=0.2", "--checkpoint_interval=100000"]
+    process = start(data_dir, out, *flags)
+    until(process, "step     3/")
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume=True goes on" in rest
+    (event,) = metrics(out, "event")
+    (path,) = out.glob("ckpt_*.pt")
+    step = event["step"]
+    assert event == {"kind": "event", "event": "stopped", "step": step, "signal": number.name}
+    assert checkpoint.step_of(path) == torch.load(path, weights_only=True)["step"] == step
+    assert metrics(out, "train")[-1]["step"] == step
+    flags += [f"--max_steps={step + 3}"]
+    assert train(data_dir, out, *flags, "--resume=True").returncode == 0
+    flags += ["--schedule=cosine"]
+    assert metrics(out, "train")[-1]["step"] == step + 3
+
+
+def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
+    """Even where Python does not get to run: the micro-batches of this step take minutes."""
+    flags = [*TRAIN, "--max_steps=9", "--val_interval=0", "--total_batch_size=64000000"]
+    process = start(data_dir, tmp_path / "run", *flags)
+    until(process, "writing to")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("when", ["evaluation", "sample"])
+def test_a_signal_in_an_evaluation(data_dir, tmp_path, monkeypatch, when):
+    """It is broken off, and made anew when the run goes on, which ends as if nothing had happened."""
+    flags = [*FLAGS, "--checkpoint_interval=5", "--max_steps=8", "--sample_interval=5", "--keep_checkpoints=1"]
+    assert train(data_dir, tmp_path / "a", *flags).returncode == 0
+    name = "evaluate" if when == "evaluation" else "sample"
+    original, calls = getattr(train_gpt2, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # at step 5, where a checkpoint is due too
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train_gpt2, name, interrupted)
+    out = tmp_path / "b"
+    assert train(data_dir, out, *flags).returncode == 0
+    assert metrics(out, "event")[-1] == {"kind": "event", "event": "stopped", "step": 5, "signal": "SIGTERM"}
+    assert [r["step"] for r in metrics(out, "sample")] == [0]
+    assert train(data_dir, out, *flags).returncode == 0
+    assert records(out) == records(tmp_path / "a")
+    assert same_state(out, tmp_path / "a")
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
+
+
+def test_a_signal_at_the_last_step(data_dir, tmp_path, monkeypatch):
+    """The run is not done before its last evaluation is made."""
+    flags = [*TRAIN, "--max_steps=6", "--val_interval=6"]
+    original, calls = train_gpt2.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", interrupted)
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    assert [r["step"] for r in metrics(tmp_path / "run", "val")] == [0]
+    assert train(data_dir, tmp_path / "run", *flags, "--resume=True").returncode == 0
+    assert [r["step"] for r in metrics(tmp_path / "run", "val")] == [0, 6]
+    assert "is done" in train(data_dir, tmp_path / "run", *flags, "--resume=True").stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deaths of a process
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
+    """Without --resume=True too, but only its own run: another one's stays refused however often it is tried."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    out = tmp_path / "run"
+    process = start(data_dir, out, *PAIR, launcher=[*launcher, "--nproc_per_node=2"])
+    for rank in (1, 0):  # twice, because the second restart finds what the first one left
+        until(process, "saved")
+        os.kill(children(process.pid)[rank], signal.SIGKILL)
+        until(process, "resuming at step")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert records(out) == records(pair)
+    assert same_state(out, pair)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    launcher[-1] = "--max-restarts=1"
+    refused = start(data_dir, out, *PAIR, "--max_steps=70", launcher=[*launcher, "--nproc_per_node=1"])
+    assert refused.communicate(timeout=60)[1].count("already holds a run") == 2
+    assert refused.returncode == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted faults
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train_gpt2
+from configurator import cli
+
+original, calls = train_gpt2.GPT.forward, []
+
+def forward(self, *args):
+    loss = original(self, *args)
+    if self.training:
+        calls.append(1)
+    bad = os.environ["RANK"] == "1" and len(calls) in (6, 7)  # after DDP's pass at the start: step 5 and 6
+    return loss * float("nan") if bad else loss
+
+train_gpt2.GPT.forward = forward
+cli(train_gpt2.main)
+"""
+
+
+def test_nan_on_one_rank_is_skipped_on_all(data_dir, tmp_path):
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT)))
+    flags = [*TRAIN, "--max_steps=8", "--checkpoint_interval=1", "--keep_checkpoints=0", "--batch_size=4"]
+    done = run(tmp_path / "poison.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    states = {s: torch.load(tmp_path / "run" / f"ckpt_{s:06d}.pt", weights_only=True) for s in range(3, 8)}
+    assert [e["step"] for e in metrics(tmp_path / "run", "event") if e["event"] == "skipped step"] == [5, 6]
+    assert [r["step"] for r in metrics(tmp_path / "run", "train") if r["loss"] is None] == [5, 6]
+    for name in ("model", "optimizers"):  # moments and step counts as well
+        last_good, after = flat(states[4][name]), flat(states[6][name])
+        for key in last_good.keys() - {f"/{i}/param_groups/{j}/lr" for i in (0, 1) for j in (0, 1)}:
+            a, b = last_good[key], after[key]
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, key
+    assert (states[6]["skipped"], states[7]["skipped"]) == (2, 0)
+    assert not torch.equal(states[6]["model"]["wte.weight"], states[7]["model"]["wte.weight"])
+
+
+def test_giving_up_leaves_the_last_good_checkpoint(data_dir, tmp_path, monkeypatch):
+    """Resumed in the middle of it, the count goes on."""
+    out, flags = tmp_path / "run", [*TRAIN, "--checkpoint_interval=1", "--keep_checkpoints=1", "--max_skipped=4"]
+    assert train(data_dir, out, *flags, "--max_steps=3").returncode == 0
+    good = (out / "ckpt_000003.pt").read_bytes()
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * math.inf)
+    assert train(data_dir, out, *flags, "--resume=True", "--max_steps=5").returncode == 0
+    assert torch.load(out / "ckpt_000005.pt")["skipped"] == 2
+    assert train(data_dir, out, *flags, "--resume=True", "--max_steps=50").returncode == 3
+    assert (out / "ckpt_000003.pt").read_bytes() == good
+    events = [(e["event"], e["step"]) for e in metrics(out, "event") if e["event"] in ("skipped step", "gave up")]
+    assert events == [("skipped step", s) for s in (4, 5, 6, 7)] + [("gave up", 7)]
+    weights = [torch.load(path)["model"] for path in checkpoint.find(out)]
+    assert all(torch.equal(w["wte.weight"], weights[0]["wte.weight"]) for w in weights)
+
+
+def test_a_float16_runs_scaler_goes_on(data_dir, tmp_path):
+    flags = [*FLAGS, "--dtype=float16", "--keep_checkpoints=0", "--max_steps=16"]
+    assert train(data_dir, tmp_path / "a", *flags).returncode == 0
+    b = tmp_path / "b"
+    b.mkdir()
+    for name in ("ckpt_000006.pt", "metrics.jsonl"):
+        shutil.copy(tmp_path / "a" / name, b)
+    assert train(data_dir, b, *flags).returncode == 0
+    assert records(b) == records(tmp_path / "a")
+    assert same_state(b, tmp_path / "a")
+    assert torch.load(b / "ckpt_000016.pt")["scaler"]["_growth_tracker"] > 6
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(data_dir, small_disk, tmp_path):
+    """Two checkpoints fit. The third is not saved, and the run goes on; when there is room again, it saves again."""
+    out = small_disk / "run"
+    flags = [*TRAIN, "--n_embd=96", "--checkpoint_interval=2", "--keep_checkpoints=0", "--val_interval=0"]
+    done = train(data_dir, out, *flags, "--max_steps=8")
+    assert done.returncode == 2
+    assert (done.stdout.count("NOT SAVED"), "No space left" in done.stdout) == (1, True)
+    assert done.stderr.count("\n") == 1
+    assert "step 8 is not saved: No space left on device" in done.stderr
+    assert [checkpoint.step_of(path) for path in checkpoint.find(out)] == [4, 2]
+    assert [checkpoint.fault(path) for path in checkpoint.find(out)] == [None, None]
+    assert sorted(path.name for path in out.iterdir()) == ["ckpt_000002.pt", "ckpt_000004.pt", "metrics.jsonl"]
+    (out / "ckpt_000002.pt").unlink()
+    done = train(data_dir, out, *flags, "--max_steps=8", "--resume=True", "--keep_checkpoints=1")
+    assert done.returncode == 0, done.stderr
+    assert train(data_dir, tmp_path / "large", *flags, "--max_steps=8").returncode == 0
+    assert records(out) == records(tmp_path / "large")
+    assert train(data_dir, small_disk / "other", *flags, "--max_steps=1").returncode == 0
+
+
+def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = train(data_dir, tmp_path / "file" / "run", *TRAIN, "--max_steps=1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot be written" in done.stderr
+
+
+def test_a_lost_terminal_ends_no_run(data_dir, tmp_path):
+    process = start(data_dir, tmp_path / "run", *TRAIN, "--max_steps=30")
+    until(process, "step     1/")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert metrics(tmp_path / "run", "train")[-1]["step"] == 30
+
+
+@pytest.fixture
+def own_data(data_dir, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    return folder
+
+
+def begun(data_dir, tmp_path):
+    out = tmp_path / "run"
+    assert train(data_dir, out, *TRAIN, "--max_steps=2").returncode == 0
+    return out, {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("fault", ["one token", "swapped", "new shard", "gone", "truncated", "header", "val"])
+def test_data_that_changed_is_noticed_on_resume(own_data, tmp_path, fault):
+    out, before = begun(own_data, tmp_path)
+    a, b, val = (next(own_data.glob(f"*{number}.bin")) for number in ("train_000001", "train_000002", "val_000000"))
+    if fault in ("one token", "val"):
+        path = a if fault == "one token" else val
+        data = bytearray(path.read_bytes())
+        data[2000] ^= 1
+        path.write_bytes(data)
+    elif fault == "swapped":
+        data = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(data)
+    elif fault == "new shard":
+        (own_data / "meta.json").unlink()
+        write_shard(own_data / "tiny_train_000003.bin", range(200))
+    elif fault == "gone":
+        b.unlink()
+    elif fault == "truncated":
+        b.write_bytes(b.read_bytes()[:-2])
+    else:
+        b.write_bytes(b"\0" * 4 + b.read_bytes()[4:])
+    done = train(own_data, out, *TRAIN, "--max_steps=4", "--resume=True")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "tiny_" in done.stderr or "meta.json" in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_same_data_elsewhere_is_the_same(own_data, data_dir, tmp_path):
+    out, _ = begun(own_data, tmp_path)
+    shutil.rmtree(own_data)
+    done = train(own_data, out, *TRAIN, "--max_steps=4", "--resume=True")
+    assert (done.returncode, "no such folder" in done.stderr) == (2, True)
+    assert train(data_dir, out, *TRAIN, "--max_steps=4", "--resume=True").returncode == 0
+
+
+def test_a_missing_shard_is_noticed_at_the_start(own_data, tmp_path):
+    next(own_data.glob("*train_000002.bin")).unlink()
+    done = train(own_data, tmp_path / "run", *TRAIN, "--max_steps=4")
+    assert (done.returncode, done.stderr.count("\n"), "train tokens" in done.stderr) == (2, 1, True)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_an_id_out_of_range(own_data, tmp_path, processes):
+    """Found when its window is read, on whichever rank that is."""
+    path = next(own_data.glob("*train_000002.bin"))
+    data = bytearray(path.read_bytes())
+    for at in range(1024 + 1, len(data), 40):
+        data[at] = 7  # ids of 1792 and more
+    path.write_bytes(data)
+    flags = [*TRAIN, "--max_steps=8"]
+    done = train(own_data, tmp_path / "run", *flags, processes=processes)
+    assert done.returncode == (1 if processes else 2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) >= 1
+    assert "tiny_train_000002.bin: token" in said[0]
+    assert "257 ids" in said[0]
+    if not processes:
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_clock_set_back(data_dir, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--max_steps=8"]
+    assert train(data_dir, tmp_path / "a", *flags).returncode == 0
+    out, now = tmp_path / "b", time.time()
+    assert train(data_dir, out, *flags, "--max_steps=4").returncode == 0
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: now - 1e8 - 60 * next(ticks))
+    assert train(data_dir, out, *flags, "--schedule=cosine", "--max_steps=4").returncode == 0
+    shutil.rmtree(out)
+    assert train(data_dir, out, *flags).returncode == 0
+    assert records(out) == records(tmp_path / "a")
+    assert all(r["dt"] > 0 for r in metrics(out, "train"))
+
+
+def test_a_torn_metrics_line(data_dir, tmp_path):
+    flags = [*FLAGS, "--max_steps=8", "--keep_checkpoints=0"]
+    assert train(data_dir, tmp_path / "a", *flags).returncode == 0
+    out = tmp_path / "b"
+    shutil.copytree(tmp_path / "a", out)
+    (out / "ckpt_000008.pt").unlink()
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(whole[: whole.index(b'"step": 7') + 20])
+    assert train(data_dir, out, *flags).returncode == 0
+    assert records(out) == records(tmp_path / "a")
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["kind"] == "run"
+
+
+def test_two_runs_at_once(data_dir, tmp_path):
+    out = tmp_path / "run"
+    first = start(data_dir, out, *TRAIN, "--max_steps=100000")
+    until(first, "step     2/")
+    for flag in ("--resume=True", "--resume=False"):
+        done = train(data_dir, out, *TRAIN, "--max_steps=100000", flag)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "another process" in done.stderr
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert metrics(out, "event")[-1]["event"] == "stopped"
+
+
+def test_two_runs_that_start_at_the_same_moment(data_dir, tmp_path):
+    out, flags = tmp_path / "run", [*TRAIN, "--max_steps=30", "--val_interval=0"]
+    pair = [start(data_dir, out, *flags) for _ in range(2)]
+    threads = [threading.Thread(target=process.communicate) for process in pair]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(process.returncode for process in pair) == [0, 2]
+    assert [r["step"] for r in metrics(out, "train")] == list(range(1, 31))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    ("flag", "had"),
+    [
+        ("--n_layer=3", 2), ("--vocab_size=300", 257), ("--dropout=0.1", 0.0), ("--seed=2", 1337), ("--seq_len=16", 32),
+        ("--total_batch_size=512", 256), ("--optimizer=muon", "adamw"), ("--learning_rate=1e-2", 0.003),
+        ("--min_lr=1e-6", 6e-05), ("--schedule=wsd", "cosine"), ("--warmup_steps=3", 2), ("--weight_decay=0.2", 0.1),
+        ("--beta2=0.9", 0.95), ("--grad_clip=2", 1.0), ("--val_tokens=4000", 2000), ("--init_from=gpt2", "scratch"),
+    ],
+)  # fmt: skip
+def test_what_would_make_it_another_run_is_refused(data_dir, straight, flag, had):
+    before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+    name, value = flag[2:].split("=")
+    done = train(data_dir, straight, *TRAIN, "--max_steps=4", "--resume=True", flag)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--{name}: {name} = " in done.stderr
+    assert repr(had) in done.stderr
+    assert value.lstrip("0") in done.stderr or str(float(value)) in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in straight.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("resume") / "run"
+    assert train(data_dir, out, *TRAIN, "--max_steps=2").returncode == 0
+    return out
+
+
+def test_what_is_not_given_is_as_it_was(data_dir, straight, tmp_path):
+    """A resumed run needs no flag but its folder; a changed length is taken, and said."""
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    done = call(
+        "train_gpt2.py", f"--out_dir={out}", "--resume=True", "--device=cpu", "--max_steps=4", "--log_interval=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "changed: max_steps = 4, was 2" in done.stdout
+    (event,) = [e for e in metrics(out, "event") if e["event"] == "resume"]
+    assert event["changed"] == {"max_steps": [2, 4], "log_interval": [1, 2]}
+    assert [r["step"] for r in metrics(out, "train")] == [1, 2, 4]
+    saved = torch.load(out / "ckpt_000004.pt")["config"]
+    assert (saved["data_dir"], saved["learning_rate"], saved["max_steps"]) == (str(data_dir), 3e-3, 4)
+
+
+def test_a_reached_target_may_be_set_lower(data_dir, tmp_path):
+    out, flags = tmp_path / "run", [*TRAIN, "--max_steps=60", "--resume=True"]
+    assert train(data_dir, out, *flags, "--target_loss=4.5").returncode == 0
+    first = metrics(out, "train")[-1]["step"]
+    assert "is done" in train(data_dir, out, *flags, "--target_loss=4.5").stdout
+    assert train(data_dir, out, *flags, "--target_loss=4.0").returncode == 0
+    assert first < metrics(out, "train")[-1]["step"] < 60
+
+
+def test_another_programs_checkpoint(data_dir, tmp_path):
+    """It speaks, but has nothing to go on from."""
+    out = tmp_path / "run"
+    assert train(data_dir, out, *TRAIN, "--max_steps=1").returncode == 0
+    path = out / "ckpt_000001.pt"
+    state = torch.load(path)
+    torch.save({name: state[name] for name in ("model", "step", "gpt_config", "tokenizer")}, path)
+    done = train(data_dir, out, *TRAIN, "--max_steps=2", "--resume=True")
+    assert (done.returncode, done.stderr.count("\n"), "--init_from" in done.stderr) == (2, 1, True)
+    assert train(data_dir, tmp_path / "new", *TRAIN, "--max_steps=1", f"--init_from={out}").returncode == 0
