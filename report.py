@@ -25,9 +25,9 @@ def main() -> int:
     for folder in folders:
         check("folder", folder, {"folder": str}, "RUN_FOLDER")
         path = Path(folder, "metrics.jsonl")
-        if not path.exists():
-            raise UserError(f"{folder}: no metrics.jsonl, so not a run's folder")
         try:
+            if not path.exists():
+                raise UserError(f"{folder}: no metrics.jsonl, so not a run's folder")
             records = read_metrics(path)
             check_records(records, path)
             for written in plot(records, Path(folder), config.dpi):

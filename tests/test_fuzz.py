@@ -927,6 +927,28 @@ def test_tokenizer_files(data):
             assert ids == hf.encode(text).ids
 
 
+# Records of a run
+
+
+@cases(4, 200)
+@given(data=st.data())
+def test_metrics_files(data):
+    run = {"kind": "run", "parameters": 5, "config": {}}
+    train = [{"kind": "train", "step": step, "loss": 3.5, "lr": 1e-3, "mfu": None} for step in (1, 2)]
+    records = [run, *train, {"kind": "val", "step": 2, "val_loss": 3.0}, {"kind": "event", "event": "done"}]
+    values = [*WRONG, 0, 10**30, 1e300, "train", "val", "nothing"]
+    if data.draw(st.booleans()):
+        records = changed(data.draw, records, paths_of(records), values)
+    content = st.just("".join(json.dumps(record) + "\n" for record in records).encode())
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "metrics.jsonl").write_bytes(data.draw(content | spoiled(content)))
+        done = call("report.py", name, "--dpi=10")
+        *left_out, last = done.stderr.splitlines() or [""]
+        assert last.startswith("error: ") == (done.returncode == 2) == (done.returncode != 0)
+        assert all("left out" in line for line in left_out)
+        assert len(list(Path(name).glob("*.png"))) == (2 if done.returncode == 0 else 0)
+
+
 # Processes
 
 

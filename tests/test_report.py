@@ -62,7 +62,9 @@ def test_a_folder_for_a_file_and_a_name_that_looks_like_mathematics(tmp_path):
     assert call("report.py", run).returncode == 0
 
 
-@pytest.mark.parametrize("args", [[], ["nowhere"], ["--dpi=high", "nowhere"], ["--dpi=0", "."], ["\udcff"]])
+@pytest.mark.parametrize(
+    "args", [[], ["nowhere"], ["--dpi=high", "nowhere"], ["--dpi=0", "."], ["\udcff"], ["x" * 999]]
+)
 def test_mistakes(args):
     done = call("report.py", *args)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
