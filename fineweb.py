@@ -386,11 +386,11 @@ def read_progress(out_dir: Path, config: DataConfig, settings: dict) -> dict | N
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged, or was made by something else: choose another --out_dir") from None
     for split in () if done else ("train", "val"):
-        paths = [shard_path(out_dir, config, split, number) for number in range(progress["shards"][split])]
-        missing = next((path for path in paths if not path.exists()), None)
-        if missing or sum(map(shard_tokens, paths)) != counts[f"{split}_tokens"]:
-            what = f"{missing} is gone" if missing else f"the {split} shards in {out_dir} have not the tokens they had"
-            raise UserError(f"{what}: delete {out_dir} to start again")
+        made = [shard_path(out_dir, config, split, number) for number in range(progress["shards"][split])]
+        missing = next((shard for shard in made if not shard.exists()), None)
+        if missing or sum(map(shard_tokens, made)) != counts[f"{split}_tokens"]:
+            what = f"{missing} is gone" if missing else f"{out_dir}: not the {split} shards that {path} counts"
+            raise UserError(f"{what}; delete {out_dir} to start again")
     return progress
 
 

@@ -162,10 +162,9 @@ def _byte_level_bpe(data: dict, where: str) -> tiktoken.Encoding:
     if foreign:
         raise UserError(f"{where}: {min(foreign)!r} in its vocabulary does not stand for a byte")
     ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in specials}
-    ids = [*ranks.values(), *specials.values()]
-    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(
-        data["added_tokens"] + [*ranks]
-    ):
+    used = [*ranks.values(), *specials.values()]
+    whole = all(type(i) is int and 0 <= i < 2**31 for i in used)
+    if not whole or len(set(used)) < len(ranks) + len(data["added_tokens"]):
         raise UserError(f"{where}: its ids must be different whole numbers")
     if any(vocab.get(token, i) != i for token, i in specials.items()):
         raise UserError(f"{where}: an added token has one id in the vocabulary and another among the added tokens")
