@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 import tokenize
 import traceback
 import types
@@ -42,6 +43,8 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # torchrun kills all once one ends, and the one that says it must come to that
         status = 2
     except KeyboardInterrupt:
         status = 130  # as a shell calls it

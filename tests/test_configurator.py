@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, field_comments
+from configurator import UserError, cli, configure, field_comments
 
 
 @dataclass(frozen=True)
@@ -177,3 +177,17 @@ def test_help_and_exit_status():
     wrong = script("--learning_rat=1")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --learning_rat: unknown option 'learning_rat'; did you mean learning_rate?\n"
+
+
+def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, capsys):
+    def wrong():
+        raise UserError("wrong")
+
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank, said, waited in (("1", "", 1), ("0", "error: wrong\n", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            cli(wrong)
+        assert capsys.readouterr().err == said
+        assert len(waits) == waited
