@@ -218,7 +218,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@cases(60, 1500)
+@cases(40, 1500)
 @given(data=st.data())
 def test_command_lines(script, data):
     argv = data.draw(arguments(script))
@@ -343,7 +343,7 @@ def modules(tmp_path_factory):
         yield
 
 
-@cases(300, 5000)
+@cases(150, 5000)
 @given(source=config_files())
 @example(b"from d import whole; whole = whole * 2\n")
 @example(b"text = '\xe9'\n")
@@ -429,7 +429,7 @@ def shard_oracle(data):
     return list(struct.unpack_from(f"<{count}H", data, 1024))
 
 
-@cases(300, 2500)
+@cases(150, 2500)
 @given(data=shard_files())
 def test_shards(data):
     with tempfile.TemporaryDirectory() as name:
@@ -457,7 +457,7 @@ def test_shards_cut_anywhere(folder):
     assert shard_tokens(path) == 5
 
 
-@cases(60, 1000)
+@cases(40, 1000)
 @given(files=st.lists(shard_files(), min_size=1, max_size=3), seq_len=st.integers(1, 9))
 def test_windows(files, seq_len):
     shards = [shard_oracle(data) for data in files]
@@ -575,7 +575,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=60) | st.sampled_from(TEXT
 TEXT |= st.text("ab é中🙂\r\n\t\0,.\ufeff\u2028\x85", max_size=120)
 
 
-@cases(120, 1500)
+@cases(40, 1500)
 @given(
     data=st.one_of(TEXT.map(str.encode), st.binary(max_size=80), TEXT.map(lambda t: t.encode("utf-16"))),
     cut=st.integers(0, 80),
@@ -638,7 +638,7 @@ def line_files(draw):
     return data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 9)) == 0 else data
 
 
-@cases(150, 2000)
+@cases(50, 2000)
 @given(data=line_files())
 def test_jsonl(workers, data):
     check_source(data, ".jsonl", read_lines(data))
@@ -665,7 +665,7 @@ def spoiled(draw, whole):
     return bytes(data)
 
 
-@cases(60, 1500)
+@cases(40, 1500)
 @given(data=spoiled(line_files().map(functools.partial(gzip.compress, mtime=0))))
 def test_gzip(workers, data):
     try:
@@ -724,7 +724,7 @@ def read_rows(data):
         return None
 
 
-@cases(80, 2000)
+@cases(50, 2000)
 @given(data=spoiled(parquet_files()) | parquet_files())
 def test_parquet(workers, data):
     check_source(data, ".parquet", read_rows(data))
@@ -795,7 +795,7 @@ def preparations(workers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["progress.json", "meta.json"])
-@cases(60, 600)
+@cases(40, 600)
 @given(data=st.data())
 def test_damaged_state_of_a_preparation(preparations, name, data):
     killed, finished, files = preparations()
@@ -902,7 +902,7 @@ def tokenizer_files(draw):
     return draw(st.binary(max_size=30)) if what == "noise" else text.encode()
 
 
-@cases(60, 1000)
+@cases(40, 1000)
 @given(data=tokenizer_files())
 def test_tokenizer_files(data):
     with tempfile.TemporaryDirectory() as name:
@@ -930,7 +930,7 @@ def test_tokenizer_files(data):
 # Records of a run
 
 
-@cases(4, 200)
+@cases(2, 200)
 @given(data=st.data())
 def test_metrics_files(data):
     run = {"kind": "run", "parameters": 5, "config": {}}
