@@ -36,6 +36,8 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
     """Write `state` as the checkpoint of its step, then delete all older ones but the newest `keep` (0: none) and the
     best. Raises OSError where the disk is full or fails; then all older ones are as they were."""
     path = path_of(out_dir, state["step"])
+    for partial in Path(out_dir).glob(".ckpt_*.pt.partial"):  # what a kill left
+        partial.unlink()
     with whole_file(path) as file:
         try:
             torch.save(state, file)
@@ -48,12 +50,6 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
             if step_of(old) != best_step:
                 old.unlink()
     return path
-
-
-def clean(out_dir: str) -> None:
-    """Delete what a kill left of checkpoints that were being written."""
-    for partial in Path(out_dir).glob(".ckpt_*.pt.partial"):
-        partial.unlink()
 
 
 def fault(path: Path) -> str | None:

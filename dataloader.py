@@ -39,10 +39,12 @@ def read_meta(data_dir: str) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); prepare the data anew") from None
-    kinds = {"tokenizer": str, "vocab_size": int, "train_tokens": int, "val_tokens": int}
-    for name, kind in kinds.items():
-        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
-            raise UserError(f"{path}: {name} is missing or no {kind.__name__}; prepare the data anew")
+    counts = {
+        f"{split}_{what}": 0 for split in ("train", "val") for what in ("tokens", "words", "bytes")
+    }  # may be missing
+    for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
+        if not isinstance(meta, dict) or type(meta.get(name, counts.get(name))) is not kind:
+            raise UserError(f"{path}: {name} is missing or not of type {kind.__name__}; prepare the data anew")
     return meta
 
 

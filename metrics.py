@@ -1,57 +1,76 @@
 """metrics.jsonl, the record of a run: one JSON object a line, each with its "kind"."""
 
+import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
-from typing import IO
 
 from configurator import UserError
 from files import lock, partial_of
 
 
 class Metrics:
-    """Writes out_dir/metrics.jsonl; no other process does until this one ends.
+    """out_dir/metrics.jsonl, and that no other process writes it: `lock`, then `begin`, then `write` and `sync`."""
 
-    A resumed run first drops what the last one recorded past the checkpoint's step, and the evaluations at that very
-    step, which are made anew. `earlier` is the last run's file, from `lock_metrics`. Raises UserError where another run
-    began in out_dir meanwhile, OSError where out_dir cannot be written.
-    """
-
-    def __init__(self, out_dir: str, resumed_at: int | None, earlier: IO | None):
+    def __init__(self, out_dir: str):
         self.path = Path(out_dir, "metrics.jsonl")
+        self.file, self.mirror = None, None
         self.unwritten, self.failing = b"", False
-        os.makedirs(out_dir, exist_ok=True)
-        kept = []
-        if earlier is None:
-            try:
-                earlier = open(self.path, "xb")  # noqa: SIM115
-            except FileExistsError:
-                raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir") from None
-        elif resumed_at is not None:
-            for record in read_metrics(self.path):
+
+    def lock(self) -> bool:
+        """Whether there is an earlier run's file; if so, nobody else can write it until this process ends.
+
+        Raises UserError where another process is writing it: a run that is still going.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            self.file = open(self.path, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+        lock(self.file.fileno(), str(self.path.parent))
+        return True
+
+    def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
+        """Start an empty file, or one that holds what an earlier run recorded up to the step that it is resumed at: not
+        that step's evaluations, which are made anew. `log_to` (tensorboard, wandb) gets the same records.
+
+        Raises UserError where another run has begun meanwhile, out_dir cannot be written, or log_to is not installed.
+        """
+        out_dir, partial, kept = str(self.path.parent), partial_of(self.path), []
+        if log_to and importlib.util.find_spec(log_to) is None:
+            raise UserError(f"log_to = {log_to!r} needs a package: pip install {log_to}")
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            if self.path.exists() and not self.file:
+                raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
+            earlier = self.file or open(self.path, "xb")  # noqa: SIM115
+            for record in read_metrics(self.path) if resumed_at is not None else []:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):
-                    kept.append(json.dumps(record) + "\n")
-        partial = partial_of(self.path)
-        self.file = open(partial, "wb", buffering=0)  # noqa: SIM115  (open until the process ends)
-        try:
+                    kept.append(record)
+            self.file = open(partial, "wb", buffering=0)  # noqa: SIM115
             lock(self.file.fileno(), out_dir)  # before it takes the name, so that there is no moment without a lock
-            self.file.write("".join(kept).encode())
+            self.file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
             os.fsync(self.file.fileno())
             os.replace(partial, self.path)
-        except OSError:
-            partial.unlink()
-            raise
-        earlier.close()
+            earlier.close()
+        except OSError as error:
+            raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None
+        if log_to:
+            self.mirror = {"tensorboard": TensorBoard, "wandb": WandB}[log_to](out_dir, kept)
 
     def write(self, kind: str, **values: object) -> None:
         """One record. Numbers that are not finite become null: JSON has no NaN."""
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
-        self.unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
+        record = {"kind": kind, **values}
+        self.unwritten += (json.dumps(record) + "\n").encode()
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -60,6 +79,8 @@ class Metrics:
             if not self.failing:
                 print(f"{self.path}: {error.strerror}; records wait in memory", file=sys.stderr, flush=True)
             self.failing = True
+        if self.mirror:
+            self.mirror.show(record)
 
     def sync(self) -> None:
         """Return once all records are on disk. Raises OSError where that fails."""
@@ -68,16 +89,68 @@ class Metrics:
             raise OSError(f"{self.path}: the disk took a part of a record")
         os.fsync(self.file.fileno())
 
+    def close(self) -> None:
+        self.file.close()
+        if self.mirror:
+            self.mirror.close()
 
-def lock_metrics(out_dir: str) -> IO | None:
-    """The metrics file of the run in out_dir, which no other process can write until it is closed; None where there is
-    none. Raises UserError where another process is writing it: a run that is still going."""
-    path = Path(out_dir, "metrics.jsonl")
-    if not path.exists():
-        return None
-    file = open(path, "ab")  # noqa: SIM115
-    lock(file.fileno(), out_dir)
-    return file
+
+class TensorBoard:
+    """Shows records in out_dir/tensorboard, which a resumed run makes anew from those it kept."""
+
+    def __init__(self, out_dir: str, kept: list[dict]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(out_dir, "tensorboard")
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(folder), flush_secs=20)
+        for record in kept:
+            self.show(record)
+
+    def show(self, record: dict) -> None:
+        kind, step = record["kind"], record.get("step")
+        if kind == "sample":
+            self.writer.add_text(kind, record["text"], step)
+        elif kind in ("run", "event"):
+            self.writer.add_text(kind, "    " + json.dumps(record, indent=1).replace("\n", "\n    "), step)
+        else:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Shows records in Weights & Biases, where a resumed run goes on in its old place. WANDB_MODE=offline works."""
+
+    def __init__(self, out_dir: str, kept: list[dict]):
+        self.out_dir, self.run = out_dir, None
+        if kept:
+            self.begin(kept[0])
+
+    def begin(self, record: dict) -> None:
+        import wandb
+
+        name = os.path.basename(os.path.abspath(self.out_dir))
+        id = f"{name}-{re.sub('[^0-9]', '', record.get('time', ''))}"  # the same for all of the run's lives
+        self.run = wandb.init(
+            project="train_gpt2", name=name, id=id, resume="allow", dir=self.out_dir, config=record,
+            settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self.run.define_metric("*", step_metric="step")
+
+    def show(self, record: dict) -> None:
+        kind = record["kind"]
+        if kind == "run":
+            self.begin(record)
+        elif kind != "event":
+            values = {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")}
+            self.run.log({"step": record["step"], **values})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def read_metrics(path: Path) -> list[dict]:

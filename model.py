@@ -101,21 +101,31 @@ class GPT(nn.Module):
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> final hidden states (B, T, C), for callers that want logits at a few positions only."""
-        past = cache.length if cache is not None else 0
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C), for callers that want logits at a few positions only.
+
+        A row may hold several sequences, or a tree of them: positions (B, T) then says where in its own sequence each
+        token stands, and mask (B, 1, T, T) is true where a token (its row) may attend to another (its column).
+        """
         T = idx.size(1)
-        assert past + T <= self.config.block_size, f"{past + T} positions, but block_size is {self.config.block_size}"
-        positions = torch.arange(past, past + T, device=idx.device)
+        if positions is None:
+            past = cache.length if cache is not None else 0
+            end = past + T
+            assert end <= self.config.block_size, f"{end} positions, but block_size is {self.config.block_size}"
+            positions = torch.arange(past, end, device=idx.device)
+            if past and T > 1:  # several new positions behind a past: causal, but not square
+                mask = torch.ones(T, end, dtype=torch.bool, device=idx.device).tril(past)
         x = self.wte(idx)  # (B, T, C)
         if self.config.pos == "learned":
             x = x + self.wpe(positions)
             rotation = None
         else:
-            rotation = rope_rotation(positions, self.config)
+            rotation = rope_rotation(positions.unsqueeze(-2), self.config)  # of (1, T) or (B, 1, T): heads share it
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotation, cache)
+            x = block(x, rotation, mask, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -193,8 +203,10 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, cache)
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -214,7 +226,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             proj(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -224,13 +238,10 @@ class CausalSelfAttention(nn.Module):
             q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if 1 < T < k.size(2):  # several new positions behind a past: causal, but not square
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         p = self.dropout if self.training else 0.0
-        causal = k.size(2) == T  # a single new position sees all of the past
+        causal = mask is None and k.size(2) == T  # a single new position sees all of the past
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_drop(self.c_proj(y))
@@ -264,10 +275,10 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rope_rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Positions (T,) -> cosine and sine of every pair's angle, (T, hs / 2) each, always in float32."""
+    """Positions (..., T) -> cosine and sine of every pair's angle, (..., T, hs / 2) each, always in float32."""
     hs = config.n_embd // config.n_head
     freq = config.rope_base ** (-torch.arange(0, hs, 2, device=positions.device, dtype=torch.float32) / hs)
-    angle = positions[:, None] * freq
+    angle = positions[..., None] * freq
     return angle.cos(), angle.sin()
 
 

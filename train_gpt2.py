@@ -32,7 +32,7 @@ import checkpoint
 from configurator import UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
 from distributed import World, hardware, pick_dtype
-from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
+from metrics import Metrics, bits_per_byte, read_metrics
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -76,16 +76,27 @@ class TrainConfig:
     # what else happens; an interval of 0 means never
     val_interval: int = 250  # steps between evaluations
     val_tokens: int = 10485760  # the first so many tokens of the val split
+    hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, 10,042 examples
+    hellaswag_data: str | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     sample_interval: int = 0  # steps between samples
     sample_start: str = ""  # what samples continue; empty: the start of a document
     checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
     keep_checkpoints: int = 3  # the newest so many, and the best; 0: all
     log_interval: int = 10  # steps between log lines and train records
+    log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
 
     def __post_init__(self):
         at_least_1 = ("batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
-        at_least_0 = ("seed", "val_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints")
-        at_least_0 += ("warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens")
+        at_least_0 = ("seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval")
+        at_least_0 += (
+            "keep_checkpoints",
+            "warmup_steps",
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "val_tokens",
+        )
         for least, names in ((1, at_least_1), (0, at_least_0)):
             for name in names:
                 if getattr(self, name) is not None and getattr(self, name) < least:
@@ -109,8 +120,8 @@ class TrainConfig:
 # Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
 MAY_CHANGE = {
     "out_dir", "data_dir", "resume", "device", "dtype", "compile", "deterministic", "batch_size", "max_steps", "epochs",
-    "target_loss", "target_val_loss", "max_skipped", "val_interval", "sample_interval", "sample_start",
-    "checkpoint_interval", "keep_checkpoints", "log_interval",
+    "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data",
+    "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
 }  # fmt: skip
 
 
@@ -128,17 +139,8 @@ def main() -> int:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     # What can be wrong is looked at before anything is written.
-    earlier = None
-
-    def look() -> Path | None:
-        nonlocal earlier
-        try:
-            earlier = lock_metrics(config.out_dir)
-        except OSError as error:
-            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
-        return find_run(config, world)
-
-    resume_path = world.agree(look)
+    log = Metrics(config.out_dir)
+    resume_path = world.agree(lambda: find_run(config, world, log))
     saved, weights, changed = None, None, {}
     if resume_path:
         saved = checkpoint.load(resume_path)
@@ -181,8 +183,9 @@ def main() -> int:
     rows = config.total_batch_size // T  # windows in a step
     micro_batches = rows // (config.batch_size * world.size)
     max_steps = planned_steps(config, len(train), rows)
-    if config.sample_interval and not tokenizer:
-        raise UserError(f"{config.data_dir}: its tokenizer is not known, so no samples; use --sample_interval=0")
+    for name in ("sample_interval", "hellaswag_interval"):
+        if getattr(config, name) and not tokenizer:
+            raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
     if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
     target_reached = bool(saved and saved["target_reached"] and not changed.keys() & {"target_loss", "target_val_loss"})
@@ -190,6 +193,20 @@ def main() -> int:
         say(f"{config.out_dir}: this run is done, at step {saved['step']}")
         world.close()
         return 0
+
+    examples, problem = [], None
+    if config.hellaswag_interval:
+        import hellaswag  # with tokenizers, which take a while to import
+        from tokenizer import get_tokenizer
+
+        try:
+            examples = world.agree(
+                lambda: hellaswag.load(config.hellaswag_data, get_tokenizer(tokenizer), gpt_config.block_size)
+            )
+        except UserError as error:
+            if config.hellaswag_data:
+                raise
+            problem = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
 
     # The model, its optimizers, and the state to go on from.
     if config.deterministic or device.type == "cpu":
@@ -236,18 +253,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
-    log = None
-
-    def begin() -> None:
-        nonlocal log
-        try:
-            log = Metrics(config.out_dir, step if resume_path else None, earlier)
-            checkpoint.clean(config.out_dir)
-        except OSError as error:
-            raise UserError(f"out_dir {config.out_dir} cannot be written: {error.strerror}") from None
-
-    world.agree(begin)
-    record = log.write if log else lambda kind, **values: None
+    world.agree(lambda: log.begin(step if resume_path else None, config.log_to))
+    record = log.write if world.is_main else lambda kind, **values: None
     card, peak_flops = hardware(device)
     about = dict(
         commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
@@ -266,6 +273,9 @@ def main() -> int:
     say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
     say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
+    if problem:
+        record("event", event="no hellaswag", step=step, problem=problem)
+        say(problem)
     for name, (before, after) in changed.items():
         say(f"changed: {name} = {after}, was {before}")
     gc.enable()
@@ -309,6 +319,7 @@ def main() -> int:
             name: interval > 0 and not stopping and (step % interval == 0 or done)
             for name, interval in [
                 ("val", config.val_interval),
+                ("hellaswag", config.hellaswag_interval),
                 ("sample", config.sample_interval),
                 ("checkpoint", config.checkpoint_interval),
             ]
@@ -327,6 +338,13 @@ def main() -> int:
             say(
                 f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else "")
             )
+        if due["hellaswag"] and examples and not stopping:
+            score = hellaswag.score(model, examples, config.batch_size * T, world, autocast, stop=stop_signals)
+            stopping = score is None
+            if not stopping:
+                acc, acc_norm, n = score
+                record("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
+                say(f"step {step:>5}/{max_steps} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
         if due["sample"] and not stopping:
             if world.is_main:
                 text = config.sample_start + sample(model, tokenizer, config.sample_start, stop_signals)
@@ -403,20 +421,22 @@ def main() -> int:
         if skipped == config.max_skipped:
             record("event", event="gave up", step=step)
             say(f"gave up: {skipped} steps in a row without a finite loss and gradient; the last checkpoint is kept")
-            batches.close()
-            world.close()
-            return 3
+            break
         target_reached = config.target_loss is not None and loss < config.target_loss
         if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
             log_step()
 
     batches.close()
+    if world.is_main:
+        log.close()
+    world.close()
+    if skipped == config.max_skipped:
+        return 3
     if stopping and not done:
         say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")
     else:
         say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
         say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
-    world.close()
     return 0
 
 
@@ -457,14 +477,14 @@ def sample(model: GPT, tokenizer: str, start: str, stop_signals: list[int]) -> s
     return text
 
 
-def find_run(config: TrainConfig, world: World) -> Path | None:
+def find_run(config: TrainConfig, world: World, log: Metrics) -> Path | None:
     """The checkpoint to go on from, or None for a run from the start. Raises UserError rather than overwrite a run."""
-    metrics = Path(config.out_dir, "metrics.jsonl")
-    records = read_metrics(metrics) if world.restarts and metrics.exists() else []
+    begun = log.lock()
+    records = read_metrics(log.path) if world.restarts and begun else []
     restarted = any(record.get("launch") == world.launch for record in records)  # by torchrun, which began this run
     if config.resume or restarted:
         return checkpoint.newest_whole(config.out_dir)
-    if checkpoint.find(config.out_dir) or (metrics.exists() and metrics.stat().st_size):
+    if checkpoint.find(config.out_dir) or (begun and log.path.stat().st_size):
         raise UserError(f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another")
     return None
 

@@ -23,5 +23,6 @@ beta2 = 0.95
 grad_clip = 1.0
 
 val_interval = 250
+hellaswag_interval = 250
 sample_interval = 1000
 checkpoint_interval = 5000

@@ -95,6 +95,7 @@ class Plain:
     text: str = "text"
     maybe_text: str | None = None
     choice: Literal["one", "two", "None", "2024"] = "one"
+    maybe_choice: Literal["one", "two"] | None = None
 
 
 SCRIPTS = {
@@ -171,6 +172,11 @@ def arguments(script, most=5):
     return st.lists(flags(script), max_size=most).map(lambda lists: [arg for args in lists for arg in args])
 
 
+def kinds_of(hint):
+    """A union's members; any other type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
 def reading(text, hint):
     """[what the text says to an option of this type], or [] where it says nothing that fits."""
     words = {"true": True, "false": False, "none": None}
@@ -181,15 +187,15 @@ def reading(text, hint):
         with warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             literal = ast.literal_eval(text)
-    kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    kinds = kinds_of(hint)
     if literal is None and type(None) in kinds:
         return [None]
     if bool in kinds:
         return [literal] if literal is True or literal is False else []
-    if str in kinds or typing.get_origin(hint) is Literal:
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if str in kinds or choices:
         value = literal if isinstance(literal, str) else text
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
+        if choices:
             return [value] if value in choices else [text] if text in choices else []
         return [] if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value) else [value]
     if type(literal) is int and -(2**63) <= literal < 2**63:
@@ -204,8 +210,8 @@ def reading(text, hint):
 def allowed(value, hint):
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if typing.get_origin(hint) is types.UnionType:
-        return any(allowed(value, kind) for kind in typing.get_args(hint))
+    if len(kinds_of(hint)) > 1:
+        return any(allowed(value, kind) for kind in kinds_of(hint))
     return value is None if hint is type(None) else type(value) is hint and (hint is not float or math.isfinite(value))
 
 

@@ -1,15 +1,27 @@
 import errno
+import importlib.util
 import json
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from configurator import UserError
-from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
+from metrics import Metrics, bits_per_byte, read_metrics
+
+
+def begin(out_dir, resumed_at=None, log_to=None):
+    log = Metrics(out_dir)
+    log.lock()
+    log.begin(resumed_at, log_to)
+    return log
 
 
 def test_records_past_a_resume_go(tmp_path):
-    log = Metrics(tmp_path, None, None)
+    log = begin(tmp_path)
     log.write("run", seed=1)
     for step in range(5):
         log.write("val", step=step, val_loss=1.0)
@@ -17,7 +29,7 @@ def test_records_past_a_resume_go(tmp_path):
         log.write("event", event="x", step=step + 1)
     log.file.write(b'{"kind": "tra')  # killed in the middle of a line
     log.file.close()
-    Metrics(tmp_path, 3, lock_metrics(tmp_path)).write("event", event="resume", step=3)
+    begin(tmp_path, 3).write("event", event="resume", step=3)
     records = read_metrics(tmp_path / "metrics.jsonl")
     have = [(r["kind"], r.get("step")) for r in records]
     want = [("run", None), ("val", 0), ("train", 1), ("event", 1), ("val", 1), ("train", 2), ("event", 2), ("val", 2)]
@@ -40,23 +52,27 @@ def test_torn_at_any_byte(tmp_path, capsys):
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
-    Metrics(tmp_path / "a" / "b", None, None).write("run")
+    begin(tmp_path / "a" / "b").write("run")
     assert (tmp_path / "a" / "b" / "metrics.jsonl").read_text() == '{"kind": "run"}\n'
 
 
 def test_one_writer(tmp_path):
-    assert lock_metrics(tmp_path) is None
-    log = Metrics(tmp_path, None, None)
-    log.write("run")
+    first, second = Metrics(tmp_path), Metrics(tmp_path)
+    assert (first.lock(), second.lock()) == (False, False)
+    first.begin(None)
+    first.write("run")
     with pytest.raises(UserError, match="another process"):
-        lock_metrics(tmp_path)
+        Metrics(tmp_path).lock()
     with pytest.raises(UserError, match="just begun"):  # both looked when there was no run yet
-        Metrics(tmp_path, None, None)
-    log.file.close()
-    again = Metrics(tmp_path, 0, lock_metrics(tmp_path))
-    with pytest.raises(UserError, match="another process"):
-        lock_metrics(tmp_path)
-    again.file.close()
+        second.begin(None)
+    first.close()
+    again = Metrics(tmp_path)
+    assert again.lock()
+    for _ in range(2):
+        with pytest.raises(UserError, match="another process"):
+            Metrics(tmp_path).lock()
+        again.begin(0)
+    again.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "run"}]
 
 
@@ -75,7 +91,7 @@ class FullDisk:
 
 
 def test_a_full_disk_loses_no_record(tmp_path, capsys):
-    log = Metrics(tmp_path, None, None)
+    log = begin(tmp_path)
     log.file = FullDisk(log.path, 30)
     for step in range(4):
         log.write("train", step=step)
@@ -85,6 +101,55 @@ def test_a_full_disk_loses_no_record(tmp_path, capsys):
     log.file.room = 1000
     log.write("train", step=4)
     assert [r["step"] for r in read_metrics(log.path)] == [0, 1, 2, 3, 4]
+
+
+def test_tensorboard_shows_the_same_numbers_once(tmp_path):
+    """After a resume too: what was dropped from metrics.jsonl is gone from there."""
+    for resumed_at in (None, 2):
+        log = begin(tmp_path, resumed_at, "tensorboard")
+        if resumed_at is None:
+            log.write("run", seed=1)
+        for step in range((resumed_at or 0) + 1, 5):
+            log.write("train", step=step, loss=1.0 / step, mfu=None)
+            log.write("val", step=step, val_loss=2.0 / step)
+            log.write("sample", step=step, text="é\n<b>")
+        log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for kind, name in (("train", "loss"), ("val", "val_loss")):
+        want = [(r["step"], r[name]) for r in read_metrics(log.path) if r["kind"] == kind]
+        have = [(e.step, e.value) for e in events.Scalars(f"{kind}/{name}")]
+        assert have == [(step, pytest.approx(value)) for step, value in want]
+    assert events.Tags()["scalars"] == ["train/loss", "val/val_loss"]
+
+
+def test_wandb_gets_the_same_records(tmp_path, monkeypatch):
+    """A stand-in for the package: which calls it gets, over two lives of one run."""
+    calls = []
+    run = SimpleNamespace(
+        log=calls.append, define_metric=lambda *args, **kwargs: None, finish=lambda: calls.append("finish")
+    )
+    stand_in = ModuleType("wandb", "stand-in")
+    stand_in.__spec__ = ModuleSpec("wandb", None)
+    stand_in.init = lambda **kwargs: calls.append(kwargs["id"]) or run
+    stand_in.Settings = dict
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for resumed_at in (None, 1):
+        log = begin(tmp_path / "mine", resumed_at, "wandb")
+        if resumed_at is None:
+            log.write("run", seed=1, time="2026-01-02T03:04")
+        log.write("event", event="x", step=0)
+        log.write("train", step=2, loss=1.5, mfu=None)
+        log.close()
+    values = {"step": 2, "train/loss": 1.5, "train/mfu": None}
+    assert calls == ["mine-202601020304", values, "finish"] * 2
+
+
+def test_log_to_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        begin(tmp_path / "run", None, "tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bits_per_byte():

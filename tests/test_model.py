@@ -183,6 +183,22 @@ def test_cached_logits_equal_uncached(flags):
             assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
+@variants
+def test_a_tree_of_sequences_in_one_row(flags):
+    """A trunk of 10 tokens, two branches of 7 and 9 behind it, and padding: each branch as if it stood there alone."""
+    model, (idx, _) = make(flags), batch()
+    trunk, left, right = idx[:, :10], idx[:, 10:17], idx[:, 17:26]
+    positions = torch.tensor([*range(10), *range(10, 17), *range(10, 19), *[0] * 6]).expand(3, -1)
+    segment = torch.tensor([0] * 10 + [1] * 7 + [2] * 9 + [3] * 6)
+    mask = ((segment == segment[:, None]) | (segment == 0)).tril().expand(3, 1, -1, -1)
+    with torch.no_grad():
+        x = model.hidden(idx, positions=positions, mask=mask)
+        for branch, here in ((left, x[:, 10:17]), (right, x[:, 17:26])):
+            alone = model.hidden(torch.cat([trunk, branch], 1))
+            assert torch.allclose(x[:, :10], alone[:, :10], atol=1e-5)
+            assert torch.allclose(here, alone[:, 10:], atol=1e-5)
+
+
 def generate_uncached(model, idx, n, **how):
     """The definition: the whole context forward for every token, its older half dropped where it is full."""
     context = idx[:, -model.config.block_size :]

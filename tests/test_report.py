@@ -7,7 +7,8 @@ from metrics import Metrics
 
 
 def test_plots(tmp_path):
-    log = Metrics(tmp_path, None, None)
+    log = Metrics(tmp_path)
+    log.begin(None)
     log.write("run", parameters=1_000_000)
     log.write("val", step=0, val_loss=4.0)
     for step in range(1, 20):

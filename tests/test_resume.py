@@ -370,9 +370,10 @@ def test_a_full_disk(data_dir, small_disk, tmp_path):
 
 def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    done = train(data_dir, tmp_path / "file" / "run", *TRAIN, "--max_steps=1")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "cannot be written" in done.stderr
+    for out in ("file", "file/run"):
+        done = train(data_dir, tmp_path / out, *TRAIN, "--max_steps=1")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "cannot be written" in done.stderr
 
 
 def test_a_lost_terminal_ends_no_run(data_dir, tmp_path):

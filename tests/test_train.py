@@ -1,5 +1,6 @@
 """The training script, end to end."""
 
+import json
 import math
 import re
 import shutil
@@ -8,11 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import requests
 import torch
 from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
 
 from dataloader import Windows, step_windows
 from model import GPT, GPTConfig
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
 def train(data_dir, out_dir, *args, processes=None):
@@ -223,6 +227,45 @@ def test_evaluation_and_samples_leave_the_run_undisturbed(data_dir, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
 
 
+@pytest.fixture(scope="module")
+def hellaswag_data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hellaswag") / "few.jsonl"
+    rows = [
+        {"ctx": "the fox " * (i % 3 + 1), "endings": ["tea", "a dog", "jumps", "x" * (i + 1)], "label": i % 4}
+        for i in range(9)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_hellaswag_leaves_the_run_undisturbed(data_dir, hellaswag_data, tmp_path):
+    flags = ["--max_steps=7", "--dropout=0.3"]
+    often = ["--hellaswag_interval=3", f"--hellaswag_data={hellaswag_data}", "--sample_interval=2"]
+    assert train(data_dir, tmp_path / "never", *flags).returncode == 0
+    done = train(data_dir, tmp_path / "often", *flags, *often)
+    assert done.returncode == 0, done.stderr
+    assert "HellaSwag acc" in done.stdout
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+    assert metrics(tmp_path / "often", "val") == metrics(tmp_path / "never", "val")
+    scores = metrics(tmp_path / "often", "hellaswag")
+    assert [(s["step"], s["n"]) for s in scores] == [(0, 9), (3, 9), (6, 9), (7, 9)]
+    last = call("hellaswag.py", f"--model={tmp_path / 'often'}", f"--data={hellaswag_data}", "--device=cpu")
+    result = json.loads(last.stdout.splitlines()[-1])
+    assert (result["acc"], result["acc_norm"]) == (scores[-1]["acc"], scores[-1]["acc_norm"])
+
+
+def test_hellaswag_that_cannot_be_had(data_dir, tmp_path, monkeypatch):
+    """Without a network a run goes on without it, and says so; a file that was named must be right."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(requests, "get", lambda *args, **kwargs: (_ for _ in ()).throw(requests.ConnectionError()))
+    done = train(data_dir, tmp_path / "run", "--max_steps=1", "--hellaswag_interval=1")
+    assert (done.returncode, "no HellaSwag in this run: https" in done.stdout) == (0, True)
+    assert [e["event"] for e in metrics(tmp_path / "run", "event")] == ["no hellaswag", "done"]
+    (tmp_path / "torn.jsonl").write_text('{"ctx": "a')
+    done = train(data_dir, tmp_path / "b", "--hellaswag_interval=1", "--hellaswag_data=torn.jsonl")
+    assert (done.returncode, done.stderr.count("\n"), "torn.jsonl:1" in done.stderr) == (2, 1, True)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_follows_float32(data_dir, straight, tmp_path, dtype):
     done = train(data_dir, tmp_path / "run", "--max_steps=20", f"--dtype={dtype}")
@@ -360,11 +403,16 @@ def test_a_mistake_under_torchrun_ends_all_processes(data_dir, straight):
     assert done.stderr.count("already holds a run") == 1
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_run_with_evaluation_equals_eager(data_dir, straight, tmp_path):
-    done = train(data_dir, tmp_path / "run", "--max_steps=6", "--compile=True", "--n_layer=1", "--batch_size=8")
+@needs_compiler
+def test_compiled_run_with_evaluations_equals_eager(data_dir, hellaswag_data, tmp_path):
+    flags = ["--max_steps=6", "--n_layer=1", "--batch_size=8"]
+    often = ["--hellaswag_interval=3", f"--hellaswag_data={hellaswag_data}", "--sample_interval=2"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    done = train(data_dir, tmp_path / "run", *flags, *often, "--compile=True")
     assert done.returncode == 0, done.stderr
-    eager = train(data_dir, tmp_path / "eager", "--max_steps=6", "--n_layer=1", "--batch_size=8")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training and validation, each once
+    eager = train(data_dir, tmp_path / "eager", *flags)
     assert eager.returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
     assert not any(

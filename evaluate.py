@@ -1,0 +1,179 @@
+"""Loss, perplexity, word-level loss and bits per byte of a model on prepared data.
+
+    python evaluate.py --model=out/mine --data_dir=data/wikitext2_test --stride=512
+    torchrun --nproc_per_node=8 evaluate.py --data_dir=data/fineweb_edu10B --tokens=10485760
+
+A split is one stream of tokens, and each but the first is predicted once, in windows of seq_len, the last one ragged.
+The last line printed is one JSON object. In it
+    loss           is in nats per token, over these tokens; perplexity is its exp
+    tokens         were predicted: of a whole split all but its first, or as many as --tokens says
+    words          are those of the whole split, len(text.strip().split(" ")) of each document; null with --tokens
+    bytes          are those of the predicted tokens' text in UTF-8; <|endoftext|> has none
+    word_loss      is loss x tokens / (words - 1); word_perplexity is its exp
+    bits_per_byte  is loss x tokens / bytes / ln 2
+and without a meta.json words, bytes and what follows from them are null. On the whole windows of one shard, without a
+stride, the loss is train_gpt2.py's val_loss.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configurator import UserError, cli, configure
+from dataloader import Windows, data_tokenizer, read_meta
+from distributed import World, pick_dtype
+from huggingface import load_model
+from model import GPT
+from tokenizer import get_tokenizer, token_bytes
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py with the model's tokenizer
+    split: Literal["val", "train"] = "val"
+    tokens: int | None = None  # predict the first so many only; None: all
+    seq_len: int | None = None  # tokens in a window; None: the model's block_size
+    stride: int | None = None  # tokens from a window to the next, which predicts only what is new; None: seq_len
+    batch_size: int = 8  # windows in a forward pass, on each process
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
+
+    def __post_init__(self):
+        for name in ("tokens", "seq_len", "stride", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+
+
+def main() -> int:
+    config, _ = configure(EvaluateConfig)
+    world = World(config.device)
+    model, tokenizer, path = load_model(config.model, world.device)
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    meta = read_meta(config.data_dir)
+    its_tokenizer = data_tokenizer(config.data_dir, meta, vocab_size)
+    if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
+        names = ["a tokenizer.json" if name.startswith("{") else name for name in (tokenizer, its_tokenizer)]
+        other = "another " if names[0] == names[1] else ""
+        raise UserError(f"{path} was trained with {names[0]}, but {config.data_dir} was made with {other}{names[1]}")
+    shards = Windows(config.data_dir, config.split, 1).shards
+    ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
+    if ids > vocab_size:
+        raise UserError(f"{config.data_dir} has {ids} ids, but {path} only {vocab_size}")
+    T = config.seq_len or block_size
+    if block_size < T:
+        raise UserError(f"seq_len = {T} is more than the block_size of {path}, {block_size}")
+    stride = config.stride or T
+    if not stride <= T:
+        raise UserError(f"stride = {stride} is more than seq_len = {T}: tokens between windows would be left out")
+
+    everything = sum(map(len, shards)) - 1
+    tokens = min(config.tokens or everything, everything)
+    dtype = pick_dtype(config.dtype, world.device)
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
+    byte_lengths = token_bytes(get_tokenizer(its_tokenizer)) if meta else None
+    nats, num_bytes = evaluate(
+        model.eval(), shards, tokens, T, stride, config.batch_size, world, autocast, byte_lengths
+    )
+    world.close()
+    words = meta.get(f"{config.split}_words") if tokens == everything else None
+    word_loss = nats / (words - 1) if words and words > 1 else None
+    result = {
+        "model": str(path), "data_dir": config.data_dir, "split": config.split, "seq_len": T, "stride": stride,
+        "loss": nats / tokens, "perplexity": exp(nats / tokens), "word_loss": word_loss,
+        "word_perplexity": exp(word_loss), "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
+        "tokens": tokens, "words": words, "bytes": num_bytes,
+    }  # fmt: skip
+    if world.is_main:
+        print(json.dumps({name: None if value != value else value for name, value in result.items()}))  # no NaN in JSON
+    return 0
+
+
+def exp(loss: float | None) -> float | None:
+    """A perplexity; None where there is no loss, or it is past what a float holds."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
+    autocast: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
+) -> tuple[float, int | None]:  # fmt: skip
+    """The summed loss in nats of the first `tokens` targets, and the bytes of their text, by the bytes of each id."""
+    count = 1 + math.ceil(max(0, tokens - seq_len) / stride)
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    nats = num_bytes = predicted = 0
+    for batch, counts in deal(batches, world, progress=True):
+        x, y = read_windows(shards, batch, tokens, seq_len, stride)
+        keep = y >= 0
+        targets = y[keep]
+        with autocast:
+            hidden = model.hidden(x.to(world.device))[keep.to(world.device)]  # (N, C)
+            loss = token_losses(model, hidden, targets.to(world.device))
+        if counts:
+            nats += loss.cpu().double().sum().item()
+            num_bytes += byte_lengths[targets].sum() if byte_lengths is not None else 0
+            predicted += len(targets)
+    nats, num_bytes, predicted = world.sum([nats, num_bytes, predicted])
+    assert predicted == tokens
+    return nats, int(num_bytes) if byte_lengths is not None else None
+
+
+def read_windows(
+    shards: Sequence[np.ndarray], numbers: Sequence[int], tokens: int, seq_len: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of windows of the stream, (B, T) each. Window i begins at i * stride; targets that the one
+    before it has predicted, and those past the first `tokens`, are -1."""
+    x = torch.zeros(len(numbers), seq_len, dtype=torch.int64)
+    y = torch.full_like(x, -1)
+    for row, number in enumerate(numbers):
+        start = number * stride
+        size = min(seq_len, tokens - start)
+        ids = torch.from_numpy(read(shards, start, start + size + 1).astype(np.int64))
+        seen = seq_len - stride if number else 0
+        x[row, :size] = ids[:-1]
+        y[row, seen:size] = ids[1 + seen :]
+    return x, y
+
+
+def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Tokens start to stop of all shards in a row."""
+    parts = []
+    for shard in shards:
+        parts.append(shard[max(0, start) : max(0, stop)])
+        start, stop = start - len(shard), stop - len(shard)
+    return np.concatenate(parts)
+
+
+def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
+    """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C), so many rows at a time:
+    the logits of all together would fill the memory, and on a CPU small pieces are faster."""
+    return torch.cat([
+        F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
+        for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ])  # fmt: skip
+
+
+def deal(batches: Sequence, world: World, progress: bool) -> Iterator[tuple[Any, bool]]:
+    """This rank's share of the batches, and whether each counts. Every rank gets as many, as in a sharded model all
+    wait for each other in every forward pass: where the last round is short, some get one that does not count."""
+    from tqdm import tqdm
+
+    rounds = range(0, len(batches), world.size)
+    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
+    for first in tqdm(rounds, unit="batch", mininterval=interval, delay=1, disable=not (progress and world.is_main)):
+        mine = first + world.rank
+        yield batches[mine % len(batches)], mine < len(batches)
+
+
+if __name__ == "__main__":
+    cli(main)
