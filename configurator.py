@@ -10,14 +10,17 @@ import ast
 import difflib
 import inspect
 import io
+import math
 import os
 import re
 import sys
+import time
 import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -29,7 +32,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, alone: bool = False):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever it quotes
         self.alone = alone
 
 
@@ -40,6 +43,8 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # torchrun kills all once one ends, and the one that says it must come to that
         status = 2
     except KeyboardInterrupt:
         status = 130  # as a shell calls it
@@ -73,7 +78,7 @@ def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     files = [arg for arg in argv if not arg.startswith("-")]
     flags = [arg for arg in argv if arg.startswith("-")]
     for path in files:
-        for name, value, where in read_file(path):
+        for name, value, where in read_file(path, annotations):
             values[name] = check(name, value, annotations, where)
             given[name] = where
     for flag in flags:
@@ -95,35 +100,46 @@ def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     return *instances, given
 
 
-def read_file(path: str) -> list[tuple[str, Any, str]]:
-    """Execute a config file -> [(name, value, 'file:line')] of its assignments, imports and _private names left out."""
+def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
+    """Execute a config file -> [(name, value, 'file:line')] of its public names; of imported ones only those known."""
     if not path.endswith(".py"):
+        path = path or "''"
         raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_bytes()
     except OSError as error:
-        known = [str(p) for p in Path(path).parent.glob("*.py")]
-        raise UserError(f"{path}: {error.strerror}{nearest(path, known)}") from None
+        others = [str(p) for p in Path(path).parent.glob("*.py")]
+        raise UserError(f"{path}: {error.strerror}{nearest(path, others)}") from None
     namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
-        tree = ast.parse(source, path)
-        exec(compile(tree, path, "exec"), namespace)
-    except Exception as error:  # whatever the file's own code raises
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Python warns of what it may have misread, as an unknown escape in a string
+            tree = ast.parse(source, path)
+            code = compile(tree, path, "exec")
+        exec(code, namespace)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file's own code raises, SystemExit too
         frames = [f.tb_lineno for f in _frames(error.__traceback__) if f.tb_frame.f_code.co_filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 1
-        message = error.msg if isinstance(error, SyntaxError) else error
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {message}") from None
-    imported = {
-        (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
+        line = line or (frames[-1] if frames else 1)
+        raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
+    lines: dict[str, int] = {}
+    imported = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.alias():
+                name = (node.asname or node.name).split(".")[0]
+                imported.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case _:
+                continue
+        lines[name] = max(node.lineno, lines.get(name, 1))
     return [
         (name, value, f"{path}:{lines.get(name, 1)}")
         for name, value in namespace.items()
-        if not name.startswith("_") and name not in imported
+        if not name.startswith("_") and (name not in imported or name in known)
     ]
 
 
@@ -137,8 +153,10 @@ def parse(text: str, hint: Any) -> Any:
     """A command line value: a Python literal, true/false/none in any case, else the string itself."""
     words = {"true": True, "false": False, "none": None}
     try:
-        value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\\d' is two characters, whatever Python thinks of it
+            value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
     # A folder may be called 2024: where a string is wanted and the literal is none, the text is the value.
     return value if _fits(value, hint) or not _fits(text, hint) else text
@@ -150,14 +168,24 @@ def check(name: str, value: Any, annotations: dict[str, Any], where: str) -> Any
         raise UserError(f"{where}: unknown option {name!r}{nearest(name, annotations)}")
     hint = annotations[name]
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(value) is int and float in options:
-        return float(value)
-    if type(value) is float and int in options and float not in options and value.is_integer():
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # what no file name or text can hold
+        raise UserError(f"{where}: {name} = {_show(value)} has a NUL or is not Unicode text")
+    exact = type(value) is float and abs(value) < 2**53  # above it a float is no longer one whole number
+    if int in options and float not in options and exact and value.is_integer():
         return int(value)
     if _fits(value, hint):
-        return value
+        return float(value) if type(value) is int and float in options else value
     literals = [str(x) for option in options if typing.get_origin(option) is Literal for x in typing.get_args(option)]
-    raise UserError(f"{where}: {name} = {value!r}, but it must be {_spell(hint)}{nearest(str(value), literals)}")
+    near = nearest(value, literals) if isinstance(value, str) else ""
+    raise UserError(f"{where}: {name} = {_show(value)}, but it must be {_spell(hint)}{near}")
+
+
+def _show(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4,300 digits, an object of a config file's own class
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -168,7 +196,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(x) and value == x for x in typing.get_args(hint))
     if hint is type(None):
         return value is None
-    return type(value) is hint or (hint is float and type(value) is int)
+    if hint in (int, float) and type(value) is int:
+        return -(2**63) <= value < 2**63
+    return type(value) is hint and (hint is not float or math.isfinite(value))
 
 
 def _spell(hint: Any) -> str:
@@ -177,7 +207,13 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(option) for option in typing.get_args(hint))
     if origin is Literal:
         return " or ".join(repr(x) for x in typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+    names = {
+        int: "a whole number (64 bits)",
+        float: "a finite number",
+        bool: "True or False",
+        str: "a string",
+        type(None): "None",
+    }
     return names[hint]
 
 

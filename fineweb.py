@@ -36,11 +36,12 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError, cli, configure
-from shards import shard_header
+from shards import shard_header, shard_tokens
 from sources import Source, import_datasets, open_source, read_texts
 from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
 
 BATCH = 1_000_000  # characters sent to a worker at a time
+COUNTS = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # in meta.json
 PIECE = 250_000  # characters encoded at a time, at most three times as many; tiktoken's regex fails on 1,000,000 spaces
 
 
@@ -65,6 +66,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         sources = [name for name in ("dataset", "files", "url") if getattr(self, name)]
         rules = [name for name in ("val_split", "val_fraction", "val_shards") if getattr(self, name) is not None]
+        for name, value in vars(self).items():
+            if value == "":  # as --files=$UNSET: not what the defaults are meant for
+                raise ValueError(f"{name} is empty")
         if len(sources) > 1:
             raise ValueError(f"{' and '.join(sources)} are both given, but text comes from one of them")
         if len(rules) > 1:
@@ -75,11 +79,13 @@ class DataConfig:
             raise ValueError("exclude belongs to files")
         if self.val_split and (self.files or self.url):
             raise ValueError("val_split is a split of a data set; with files or url use val_fraction or val_shards")
+        if (self.subset or self.split != "train") and (self.files or self.url):
+            raise ValueError(f"{'subset' if self.subset else 'split'} belongs to a data set, not to files or url")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        for name in ("shard_tokens", "num_proc", "val_shards"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < 2**31:
-                raise ValueError(f"{name} must be at least 1 and below 2^31, not {getattr(self, name)}")
+        for name, end in (("shard_tokens", 2**31), ("num_proc", 2**10), ("val_shards", 2**31)):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < end:
+                raise ValueError(f"{name} must be at least 1 and below {end}, not {getattr(self, name)}")
         if not sources:
             object.__setattr__(self, "dataset", "HuggingFaceFW/fineweb-edu")
             object.__setattr__(self, "subset", self.subset or "sample-10BT")
@@ -250,6 +256,8 @@ def load_tokenizer() -> tuple[tiktoken.Encoding, Callable[[str], np.ndarray], np
 def describe_tokenizer() -> tuple[str, int, np.ndarray]:
     """What the main process must know: name, size, and the length in bytes of every id."""
     enc, *_ = load_tokenizer()
+    if enc.n_vocab > 2**16:
+        raise UserError(f"the tokenizer has {enc.n_vocab:,} ids, but shards of uint16 hold 65,536")
     return enc.name, enc.n_vocab, token_bytes(enc)
 
 
@@ -363,15 +371,26 @@ def read_progress(out_dir: Path, config: DataConfig, settings: dict) -> dict | N
         raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
     if path is None or not (shards or path.name == "meta.json"):
         return None  # an earlier run made no shard, so nothing is lost
-    progress = json.loads(path.read_text(encoding="utf-8"))
-    old = progress.get("settings")
-    if not isinstance(old, dict):
-        raise UserError(f"{path} was made by something else: choose another --out_dir")
-    check_same(out_dir, old, settings)
-    for split, number in progress.get("shards", {}).items():
-        for shard in (shard_path(out_dir, config, split, i) for i in range(number)):
-            if not shard.exists():
-                raise UserError(f"{shard} is gone: delete {out_dir} to start again")
+    done = path.name == "meta.json"
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        counts = progress if done else progress["counts"]
+        numbers = [counts[name] for name in COUNTS]
+        if not done:
+            numbers += [progress["shards"][split] for split in ("train", "val")]
+            if any(numbers[-2:]):  # else it is that of a fresh start
+                numbers += [*Cursor._make(progress["cursor"]), progress["skip"]]  # all six
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError
+        check_same(out_dir, dict(progress["settings"]), settings)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged, or was made by something else: choose another --out_dir") from None
+    for split in () if done else ("train", "val"):
+        made = [shard_path(out_dir, config, split, number) for number in range(progress["shards"][split])]
+        missing = next((shard for shard in made if not shard.exists()), None)
+        if missing or sum(map(shard_tokens, made)) != counts[f"{split}_tokens"]:
+            what = f"{missing} is gone" if missing else f"{out_dir}: not the {split} shards that {path} counts"
+            raise UserError(f"{what}; delete {out_dir} to start again")
     return progress
 
 
@@ -398,7 +417,7 @@ def lock(folder: Path) -> int:
 
 def prepare(config: DataConfig) -> None:
     """Make the shards and meta.json in config.out_dir, or what of them is still to be made. Raises UserError."""
-    out_dir = Path(config.out_dir).expanduser()
+    out_dir = Path(os.path.expanduser(config.out_dir))
     tokenizer = tokenizer_content(config.tokenizer)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "num_proc")}
     if tokenizer.startswith("{"):  # the path may change, the content may not
@@ -419,15 +438,12 @@ def prepare(config: DataConfig) -> None:
             import_datasets()  # half a second, in which a worker loads the tokenizer
         start = time.perf_counter()
         name, vocab_size, lengths = description.result()
-        if vocab_size > 2**16:
-            raise UserError(f"tokenizer {config.tokenizer} has {vocab_size:,} ids, but shards of uint16 hold 65,536")
         source = open_source(config, out_dir)
         settings["source"] = source.fingerprint
         if progress:
             check_same(out_dir, progress["settings"], settings)
         else:
-            names = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]
-            progress = {"settings": settings, "shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(names, 0)}
+            progress = {"settings": settings, "shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(COUNTS, 0)}
         cut = find_cut(source, config.join, config.val_fraction) if config.val_fraction else NEVER
         batches = make_batches(source, config.join, Cursor(*progress.get("cursor", ())), cut)
         stack.enter_context(contextlib.closing(batches))  # now: at the interpreter's exit its readers would complain

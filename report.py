@@ -4,13 +4,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, cli, configure
+from configurator import UserError, check, cli, configure
 from metrics import read_metrics
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     dpi: int = 120  # resolution of the plots
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.dpi <= 1200:
+            raise ValueError(f"dpi = {self.dpi}, but it must be in [10, 1200]")
 
 
 def main() -> int:
@@ -19,12 +23,33 @@ def main() -> int:
     if not folders:
         raise UserError("which run? python report.py RUN_FOLDER, e.g. out/quickstart")
     for folder in folders:
+        check("folder", folder, {"folder": str}, "RUN_FOLDER")
         path = Path(folder, "metrics.jsonl")
-        if not path.exists():
-            raise UserError(f"{folder}: no metrics.jsonl, so not a run's folder")
-        for written in plot(read_metrics(path), Path(folder), config.dpi):
-            print(written)
+        try:
+            if not path.exists():
+                raise UserError(f"{folder}: no metrics.jsonl, so not a run's folder")
+            records = read_metrics(path)
+            check_records(records, path)
+            for written in plot(records, Path(folder), config.dpi):
+                print(written)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+        except RecursionError:
+            raise UserError(f"{path}: damaged: a record is nested too deeply") from None
     return 0
+
+
+def check_records(records: list[dict], path: Path) -> None:
+    """Raises UserError where the records have not what a plot needs; a loss that is not known is null."""
+    if not records:
+        raise UserError(f"{path}: no record of a run in it")
+    plotted = {"run": ("parameters",), "train": ("step", "loss", "lr"), "val": ("step", "val_loss")}
+    for record in records:
+        for name in plotted.get(record["kind"], ()):
+            value = record.get(name, "")
+            known = value is not None or name in ("step", "parameters")
+            if known and (type(value) not in (int, float) or not abs(value) < 1e15):
+                raise UserError(f"{path}: damaged: a {record['kind']} record has {name} = {str(value)[:100]!r}")
 
 
 def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
@@ -57,7 +82,8 @@ def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
                 axes.annotate(
                     f"{values[-1]:.4f}", (steps[-1], values[-1]), (0, 6), textcoords="offset points", ha="right"
                 )
-        axes.set(xlabel="optimizer step", ylabel=label, title=title)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.set_title(title, parse_math=False)  # a folder may be called $
         axes.grid(alpha=0.3)
         if lines[0][0]:
             axes.legend()

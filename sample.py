@@ -41,12 +41,12 @@ class SampleConfig:
         for name in ("num_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature}, but it must not be negative")
+        if self.temperature and self.temperature < 1e-6:  # logits over less leave what float32 holds
+            raise ValueError(f"temperature = {self.temperature}, but it must be 0 or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}, but it must be at least 1 (or None)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}, but it must be in (0, 1] (or None)")
+        if self.top_p is not None and not 1e-6 <= self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}, but it must be in [1e-6, 1] (or None)")
 
 
 def main() -> int:
@@ -105,7 +105,7 @@ def complete(
     the bytes of a character that was left unfinished, as U+FFFD.
     """
     device = model.wte.weight.device
-    ids = enc.encode(start, allowed_special={"<|endoftext|>"}) or [enc.eot_token]
+    ids = enc.encode(start, allowed_special={"<|endoftext|>"}, disallowed_special=()) or [enc.eot_token]
     idx = torch.tensor([ids] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]

@@ -20,11 +20,14 @@ def shard_header(num_tokens: int) -> bytes:
 
 def shard_tokens(path: str | Path) -> int:
     """How many tokens a shard has. Raises UserError where the file is not a whole shard."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     if (magic, version) != (MAGIC, VERSION):
         raise UserError(f"{path}: not a token shard (its header is wrong); prepare the data with fineweb.py")
-    if size != HEADER_BYTES + 2 * tokens:
+    if size != HEADER_BYTES + 2 * tokens or tokens < 0:
         raise UserError(f"{path}: {size} bytes, but its header says {tokens} tokens; the file is cut or damaged")
     return tokens

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from configurator import UserError, nearest
@@ -131,16 +132,19 @@ def read_jsonl(path: str, column: str, start: int) -> Iterator[tuple]:
             file.seek(start)
             for line in file:
                 if line.strip():
-                    yield start, row_text(json.loads(line), column), True, True
+                    row = json.loads(line.decode("utf-8" if start else "utf-8-sig"))
+                    yield start, row_text(row, column), True, True
                 start += len(line)
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (ValueError, EOFError, RecursionError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path}: the line at byte {start}: {error}") from None
 
 
 def row_text(row: Any, column: str) -> str:
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        fields = f", but it has {', '.join(row)}" if isinstance(row, dict) else ""
+        if isinstance(row, dict) and column in row:
+            raise ValueError(f"{column!r} is {type(text).__name__}, not text; see --text_column")
+        fields = f", but it has {shorten(', '.join(row), 200)}" if isinstance(row, dict) else ""
         raise ValueError(f"no text under {column!r}{fields}; see --text_column")
     return text
 
@@ -150,10 +154,10 @@ def open_parquet(path: str, column: str) -> Any:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are checksums
+        check_column(path, column, file.schema_arrow)
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
-    check_column(path, column, file.schema_arrow)
     return file
 
 
@@ -169,21 +173,26 @@ def read_tables(tables: Iterator, where: str, column: str, start: int) -> Iterat
     while True:
         try:
             table = next(tables, None)
-        except Exception as error:  # of many types: network, broken file
+            if table is None:
+                return
+            check_column(where, column, table.schema)
+            skip = max(0, start - row)
+            texts = table.column(column).slice(skip).to_pylist()
+        except UserError:
+            raise
+        except Exception as error:  # of many types: network, broken file, text that is not UTF-8
             raise UserError(f"{where}: {one_line(error)}; when that is mended, run the same command to go on") from None
-        if table is None:
-            return
-        check_column(where, column, table.schema)
-        skip = max(0, start - row)
-        for number, text in enumerate(table.column(column).slice(skip).to_pylist(), row + skip):
+        for number, text in enumerate(texts, row + skip):
             yield number, text or "", True, True
         row += table.num_rows
 
 
 def check_column(where: str, column: str, schema: Any) -> None:
     if column not in schema.names:
-        known = nearest(column, schema.names) or f"; there are {', '.join(schema.names)}"
+        known = nearest(column, schema.names) or f"; there are {shorten(', '.join(schema.names), 200)}"
         raise UserError(f"{where}: no column {column!r} (--text_column){known}")
+    if schema.names.count(column) > 1:
+        raise UserError(f"{where}: {schema.names.count(column)} columns are called {column!r} (--text_column)")
     if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
         raise UserError(f"{where}: column {column!r} (--text_column) is {schema.field(column).type}, not text")
 

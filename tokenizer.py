@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -53,7 +54,7 @@ def tokenizer_content(name: str) -> str:
     if not name.endswith(".json"):
         return name
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(name)).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"tokenizer {name}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -132,14 +133,17 @@ def byte_alphabet() -> dict[str, int]:
 def _from_json(content: str, where: str) -> tiktoken.Encoding:
     """A tokenizer in the format of Hugging Face `tokenizers`, which must be a byte-level BPE that splits as GPT-2's."""
     try:
-        data = json.loads(content)
-        model, vocab, merges = data["model"], data["model"]["vocab"], data["model"]["merges"]
-        splitter = data["pre_tokenizer"] or {}
-        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
+        return _byte_level_bpe(json.loads(content), where)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON: {error}") from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # other things in other places
         raise UserError(f"{where}: not a byte-level BPE in Hugging Face's tokenizer.json format ({error})") from None
+
+
+def _byte_level_bpe(data: dict, where: str) -> tiktoken.Encoding:
+    model, vocab, merges = data["model"], data["model"]["vocab"], data["model"]["merges"]
+    splitter = data["pre_tokenizer"] or {}
+    specials = {token["content"]: token["id"] for token in data["added_tokens"]}
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(f"{where}: its model is {model.get('type')}, but must be a plain byte-level BPE")
     regex = splitter.get("use_regex", True)
@@ -154,15 +158,21 @@ def _from_json(content: str, where: str) -> tiktoken.Encoding:
         raise UserError(f"{where}: has no added token {ENDOFTEXT}, with which every document starts")
 
     alphabet = byte_alphabet()
-    try:
-        ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in specials}
-    except KeyError as error:
-        raise UserError(f"{where}: {error} in its vocabulary does not stand for a byte") from None
+    foreign = {c for token in vocab if token not in specials for c in token} - alphabet.keys()
+    if foreign:
+        raise UserError(f"{where}: {min(foreign)!r} in its vocabulary does not stand for a byte")
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in specials}
+    used = [*ranks.values(), *specials.values()]
+    whole = all(type(i) is int and 0 <= i < 2**31 for i in used)
+    if not whole or len(set(used)) < len(ranks) + len(data["added_tokens"]):
+        raise UserError(f"{where}: its ids must be different whole numbers")
+    if any(vocab.get(token, i) != i for token, i in specials.items()):
+        raise UserError(f"{where}: an added token has one id in the vocabulary and another among the added tokens")
     # tiktoken knows no merges: it joins the pair whose result has the lowest id. That is the same BPE only where every
     # token but the bytes comes from one merge, and ids rise in the order of the merges.
     parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     ids = [vocab.get("".join(pair), -1) for pair in parts]
-    missing = {i for token, i in vocab.items() if len(token) > 1 and token not in specials} - set(ids)
+    missing = {i for token, i in vocab.items() if len(token) != 1 and token not in specials} - set(ids)
     if ids != sorted(set(ids)) or missing or not all(len(p) == 2 and set(p) <= vocab.keys() for p in parts):
         raise UserError(f"{where}: its ids are not in the order of its merges, as byte-level BPE of this project needs")
     if not all(bytes([i]) in ranks for i in range(256)):

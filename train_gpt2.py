@@ -86,18 +86,31 @@ class TrainConfig:
     log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
 
     def __post_init__(self):
-        for name in ("batch_size", "total_batch_size", "max_skipped", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
-        for name in ("seq_len", "max_steps", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0")
-        for name in (
-            "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
+        at_least_1 = ("batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
+        at_least_0 = ("seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval")
+        at_least_0 += (
+            "keep_checkpoints",
             "warmup_steps",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative")
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "val_tokens",
+        )
+        for least, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names:
+                if getattr(self, name) is not None and getattr(self, name) < least:
+                    raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least {least}")
+        for name in ("out_dir", "data_dir", "init_from"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1)")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction = {self.decay_fraction}, but it must be in [0, 1]")
+        if self.epochs is not None and not 0 < self.epochs < 2**31:
+            raise ValueError(f"epochs = {self.epochs}, but it must be more than 0 and below 2^31")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if self.target_val_loss is not None and not self.val_interval:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, field_comments
+from configurator import UserError, cli, configure, field_comments
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def test_defaults():
         ("--out=none", "out", "none"),
         ("--out='quoted'", "out", "quoted"),
         ("--out=", "out", ""),
+        ("--out={[]: 1}", "out", "{[]: 1}"),
+        (r"--out='\d'", "out", r"\d"),
     ],
 )
 def test_values(flag, name, value):
@@ -73,6 +75,20 @@ def test_files_in_order_then_flags(tmp_path):
     assert given == {"width": f"{a}:4", "lr": f"{b}:1", "out": f"{a}:6", "steps": "--steps"}
 
 
+def test_an_imported_name_that_is_an_option_counts(tmp_path, monkeypatch):
+    (tmp_path / "base.py").write_text("steps = 4\nother = 1\n")
+    (tmp_path / "a.py").write_text("from base import other, steps\nsteps = steps * other * 2\n")
+    (tmp_path / "b.py").write_text("from base import steps\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load(str(tmp_path / "a.py"))[1].steps == 8
+    assert load(str(tmp_path / "b.py"))[1].steps == 4
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.py").write_text("width = 4\n", encoding="utf-8-sig")
+    assert load(str(tmp_path / "a.py"))[0].width == 4
+
+
 def test_the_last_of_a_repeated_flag_wins():
     assert load("--width=2", "--width=4")[0].width == 4
 
@@ -83,6 +99,16 @@ def test_the_last_of_a_repeated_flag_wins():
         (["--widht=3"], ["--widht", "unknown", "did you mean width?"]),
         (["--width=wide"], ["--width", "'wide'", "whole number"]),
         (["--width=1.5"], ["--width", "whole number"]),
+        (["--width=1e23"], ["--width", "1e+23", "whole number"]),
+        (["--steps=99999999999999999999"], ["--steps", "64 bits"]),
+        (["--lr=1e400"], ["--lr", "inf", "finite"]),
+        (["--lr=" + "9" * 400], ["--lr", "finite"]),
+        (["--kind=" + "x" * 10**5], ["--kind", "xxx...,"]),
+        (["--out='a\\0'"], ["--out", "NUL"]),
+        (["--out=\udcff"], ["--out", "Unicode"]),
+        (["--wi\ndth=3"], ["--wi dth=3: options"]),
+        (["a\nb"], ["a b: not a config file"]),
+        ([""], ["'': not a config file"]),
         (["--width=True"], ["--width", "whole number"]),
         (["--resume=1"], ["--resume", "True or False"]),
         (["--kind=fency"], ["--kind", "'plain' or 'fancy'", "did you mean fancy?"]),
@@ -106,16 +132,26 @@ def test_mistakes_on_the_command_line(argv, said):
     ("source", "said"),
     [
         ("\nwidht = 3\n", [":2", "unknown", "did you mean width?"]),
-        ("lr = '3'\n", [":1", "lr = '3'", "a number"]),
+        ("lr = '3'\n", [":1", "lr = '3'", "a finite number"]),
         ("lr = 1\nlr = (\n", [":2", "SyntaxError"]),
         ("lr = 1\nout = lr + 'x'\n", [":2", "TypeError"]),
         ("import nonesuch\n", [":1", "ModuleNotFoundError"]),
         ("width = 3\n", [":1", "is odd"]),
+        ("lr = 1\nraise SystemExit(0)\n", [":2", "SystemExit: 0"]),
+        ("raise GeneratorExit\n", [":1", "GeneratorExit"]),
+        ("raise ValueError('a\\nb')\n", [":1", "ValueError: a b"]),
+        ("lr = 1\nout = '\\d'\n", [":2", "escape sequence"]),
+        ("lr = float('nan')\n", [":1", "finite"]),
+        ("lr = 1\ndef steps(): pass\n", [":2", "steps", "function"]),
+        ("kind = 10 ** 5000\n", [":1", "kind", "a int"]),
+        ("class _R:\n    __repr__ = lambda _: 1 / 0\nout = _R()\n", [":3", "out", "a _R"]),
+        (b"out = '\xff'\n", ["utf-8"]),
+        (b"out = 'a\0'\n", ["null byte"]),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, source, said):
     path = tmp_path / "c.py"
-    path.write_text(source)
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
     with pytest.raises(UserError) as error:
         load(str(path))
     assert "\n" not in str(error.value)
@@ -141,3 +177,17 @@ def test_help_and_exit_status():
     wrong = script("--learning_rat=1")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --learning_rat: unknown option 'learning_rat'; did you mean learning_rate?\n"
+
+
+def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, capsys):
+    def wrong():
+        raise UserError("wrong")
+
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank, said, waited in (("1", "", 1), ("0", "error: wrong\n", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            cli(wrong)
+        assert capsys.readouterr().err == said
+        assert len(waits) == waited

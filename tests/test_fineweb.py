@@ -297,6 +297,12 @@ def test_own_tokenizer_goes_with_the_shards(tmp_path):
     assert read_split(tmp_path / "out", "train") == tokens_of(documents()[:30], enc)
 
 
+def test_a_byte_order_mark_is_no_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}')
+    prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
+    assert read_split(tmp_path / "out", "train") == tokens_of(["a"])
+
+
 def test_half_a_surrogate_pair(tmp_path):
     write_rows(tmp_path / "a.jsonl", ["a\ud83d b", "c"])
     meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
@@ -443,6 +449,23 @@ def source(tmp_path):
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "wide.jsonl").write_text('{"text": "a"}', encoding="utf-16")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps(dict.fromkeys([f"c\n{i}" for i in range(9999)])) + "\n")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a", "b"])] * 2, ["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    latin = pyarrow.array([b"caf\xe9", b"b"])
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, latin.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a" * 99, "b" * 99]}), tmp_path / "flipped.parquet",
+        compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
+    )  # fmt: skip
+    flipped = (tmp_path / "flipped.parquet").read_bytes()
+    (tmp_path / "flipped.parquet").write_bytes(flipped.replace(b"bbb", b"cbb", 1))
+    whole = (tmp_path / "source" / "train.parquet").read_bytes()
+    (tmp_path / "thrift.parquet").write_bytes(whole[:-100] + bytes(60) + whole[-40:])
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x_train_000001.bin").touch()
     return tmp_path
@@ -456,6 +479,15 @@ def source(tmp_path):
         ({"files": "{}/broken.jsonl"}, "line at byte 14"),
         ({"files": "{}/number.jsonl"}, "text_column"),
         ({"files": "{}/broken.parquet"}, "broken.parquet"),
+        ({"files": "{}/deep.jsonl"}, "line at byte 0.*recursion"),
+        ({"files": "{}/null.jsonl"}, "'text' is NoneType"),
+        ({"files": "{}/long.jsonl"}, r"it has c 0, c 1,.{150,250}$"),
+        ({"files": "{}/twice.parquet"}, "2 columns are called 'text'"),
+        ({"files": "{}/latin.parquet"}, "latin.parquet.*utf-8"),
+        ({"files": "{}/thrift.parquet"}, "thrift.parquet"),
+        ({"files": "{}/flipped.parquet"}, "flipped.parquet.*CRC"),
+        ({"files": "{}/wide.jsonl"}, "line at byte 0.*utf-8"),
+        ({"files": "{}/source/*", "tokenizer": "~nobody-here/x.json"}, "nobody-here"),
         ({"files": "{}/source/*", "text_column": "txt"}, "did you mean text"),
         ({"files": "{}/source/*", "text_column": "id"}, "int64"),
         ({"files": "{}/source/*"}, "no text is left for train"),
@@ -490,6 +522,10 @@ def test_mistakes(source, options, message, big_tokenizer):
         ({"dataset": "a", "val_fraction": 1.0}, "val_fraction"),
         ({"dataset": "a", "shard_tokens": 0}, "shard_tokens"),
         ({"dataset": "a", "exclude": "b"}, "exclude"),
+        ({"files": "a", "subset": "b"}, "subset"),
+        ({"url": "a", "split": "test"}, "split"),
+        ({"files": ""}, "files is empty"),
+        ({"dataset": "a", "num_proc": 100_000}, "num_proc"),
         ({"dataset": "a", "out_dir": None}, "out_dir"),
     ],
 )
@@ -506,9 +542,40 @@ def test_another_setting_or_source_in_the_same_folder(source):
     (source / "out" / "meta.json").rename(source / "out" / "progress.json")  # as if it had been killed before the end
     write_rows(source / "source" / "train.parquet", documents(6))
     progress = json.loads((source / "out" / "progress.json").read_text())
-    (source / "out" / "progress.json").write_text(json.dumps({**progress, "shards": {}, "counts": {}}))
+    none = {"shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(fineweb.COUNTS, 0)}
+    (source / "out" / "progress.json").write_text(json.dumps({**progress, **none}))
     with pytest.raises(UserError, match="source"):
         prepare(source / "out", **options)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "progress.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"null", b"[]", b"{}", b'{"settings": 1}', b'{"settings": {}}', bytes(99)]
+)
+def test_a_damaged_state_is_refused(source, name, content):
+    (source / "foreign" / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        prepare(source / "foreign", files=f"{source}/source/*")
+
+
+def test_a_damaged_shard_is_not_gone_on_from(tmp_path, small, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 1000}
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "write_meta", die)
+        with pytest.raises(Killed):
+            prepare(tmp_path / "out", **options)
+    shard = tmp_path / "out" / "out_train_000002.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match="out_train_000002"):
+        prepare(tmp_path / "out", **options)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"out_train_000002.*is gone"):
+        prepare(tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("options", [["--files={}/latin.txt"], ["--dataset={}/source", "--tokenizer=gtp2"]])

@@ -26,7 +26,46 @@ def test_a_run_that_has_not_started(tmp_path):
     assert call("report.py", tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("args", [[], ["nowhere"], ["--dpi=high", "nowhere"]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"kind": "tra\n',
+        b'{"kind": "train"}\n',
+        b'{"kind": "run", "parameters": null}\n',
+        b'{"kind": "val", "step": "1", "val_loss": 1.0}\n',
+        b'{"kind": "val", "step": 1, "val_loss": NaN}\n',
+        b'{"kind": "val", "step": 1, "val_loss": 1e300}\n',
+        b'{"kind": "val", "step": 1' + b"0" * 30 + b', "val_loss": 1.0}\n',
+        b'{"kind": []}\n',
+        b'["kind"]\n',
+        b"\xff\n",
+        b"\n",
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_damaged_metrics(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    done = call("report.py", tmp_path)
+    *left_out, error = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert error.startswith(f"error: {tmp_path / 'metrics.jsonl'}: ")
+    assert all("left out" in line for line in left_out)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_folder_for_a_file_and_a_name_that_looks_like_mathematics(tmp_path):
+    run = tmp_path / "$a^$"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    done = call("report.py", run)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    (run / "metrics.jsonl").rmdir()
+    (run / "metrics.jsonl").write_text('{"kind": "run", "parameters": 5}\n')
+    assert call("report.py", run).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["nowhere"], ["--dpi=high", "nowhere"], ["--dpi=0", "."], ["\udcff"], ["x" * 999]]
+)
 def test_mistakes(args):
     done = call("report.py", *args)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

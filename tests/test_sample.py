@@ -96,12 +96,13 @@ def test_prompts():
 
 def test_a_checkpoint_carries_its_own_tokenizer(tmp_path):
     own = tokenizers.ByteLevelBPETokenizer()
-    own.train_from_iterator(["the cat sat on the mat"] * 9, vocab_size=270, special_tokens=["<|endoftext|>"])
+    own.train_from_iterator(["the cat sat on the mat"] * 9, vocab_size=270, special_tokens=["<|endoftext|>", "<pad>"])
     content = own._tokenizer.to_str()
     config = GPTConfig(block_size=32, vocab_size=own.get_vocab_size(), n_layer=1, n_head=1, n_embd=16)
     state = {"step": 1, "model": GPT(config).state_dict(), "gpt_config": vars(config), "tokenizer": content}
     checkpoint.save(state, tmp_path, keep=0, best_step=None)
     assert json.loads(load_model(str(tmp_path), torch.device("cpu"))[1])["model"]["type"] == "BPE"
+    assert sample(tmp_path, "--start=the <pad> cat").stdout.startswith("the <pad> cat")
     done = sample(tmp_path, "--start=the cat")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
@@ -112,7 +113,18 @@ def test_a_checkpoint_carries_its_own_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--temperature=-1", "--top_k=0", "--top_p=0", "--num_samples=0", "--model=nowhere", "--top=3"]
+    "flag",
+    [
+        "--temperature=-1",
+        "--temperature=1e-40",
+        "--top_p=1e-46",
+        "--start='a\\0'",
+        "--top_k=0",
+        "--top_p=0",
+        "--num_samples=0",
+        "--model=nowhere",
+        "--top=3",
+    ],
 )
 def test_mistakes(folder, flag):
     done = sample(folder, flag)

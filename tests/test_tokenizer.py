@@ -184,18 +184,63 @@ def spoil(data, what):
         model["merges"][3] = "x"
     elif what == "model":
         del data["model"]
+    elif what == "empty token":
+        model["vocab"][""] = len(model["vocab"])
+    elif what == "list":
+        data = [data]
+    elif what == "splitter":
+        data["pre_tokenizer"] = "ByteLevel"
+    elif what == "number":
+        model["vocab"]["a"] = "66"
+    elif what == "negative":
+        data["added_tokens"][0]["id"] = -1
+    elif what == "huge":
+        data["added_tokens"][0]["id"] = 2**32
+    elif what == "same":
+        data["added_tokens"].append({"id": model["vocab"]["a"], "content": "<x>"})
+    elif what == "other id":
+        data["added_tokens"][0]["id"] = 70_000
+    elif what == "null":
+        data["added_tokens"] = None
     return data
 
 
 SPOILED = ["merges", "ids", "endoftext", "prefix space", "pre-tokenizer", "normalizer", "type", "byte", "alphabet"]
 
 
-@pytest.mark.parametrize("what", [*SPOILED, "merge", "model"])
+SPOILED += [
+    "merge",
+    "model",
+    "empty token",
+    "list",
+    "splitter",
+    "number",
+    "negative",
+    "huge",
+    "same",
+    "other id",
+    "null",
+]
+
+
+@pytest.mark.parametrize("what", SPOILED)
 def test_json_that_is_not_ours_is_refused(hf, what):
     data = spoil(json.loads(hf.to_str()), what)
     with pytest.raises(UserError) as error:
         get_tokenizer(json.dumps(data))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"model": ' + "9" * 5000, "{}", "null", '{"model": []}'])
+def test_json_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=r"x\.json"):
+        get_tokenizer(str(tmp_path / "x.json"))
+
+
+def test_a_home_that_is_none():
+    with pytest.raises(UserError, match="~nobody-here"):
+        tokenizer_content("~nobody-here/x.json")
 
 
 def test_broken_json_is_refused(hf, tmp_path):

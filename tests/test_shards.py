@@ -1,0 +1,39 @@
+import struct
+
+import pytest
+
+from configurator import UserError
+from shards import MAGIC, shard_header, shard_tokens
+
+
+def test_tokens(tmp_path):
+    path = tmp_path / "x_train_000000.bin"
+    path.write_bytes(shard_header(3) + bytes(6))
+    assert shard_tokens(path) == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        shard_header(3)[:11],
+        shard_header(3),
+        shard_header(3) + bytes(5),
+        shard_header(3) + bytes(8),
+        struct.pack(">3i", MAGIC, 1, 3) + shard_header(3)[12:] + bytes(6),
+        struct.pack("<3i", MAGIC, 1, -506),  # as long as that says: 1024 - 2 * 506 = 12 bytes
+        struct.pack("<3i", MAGIC, 1, 2**31 - 1) + bytes(1012),
+    ],
+)
+def test_files_that_are_no_whole_shard(tmp_path, content):
+    path = tmp_path / "x_train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="x_train_000000"):
+        shard_tokens(path)
+
+
+def test_paths_that_are_no_file(tmp_path):
+    (tmp_path / "folder.bin").mkdir()
+    for name in ("folder.bin", "missing.bin"):
+        with pytest.raises(UserError, match=name):
+            shard_tokens(tmp_path / name)
