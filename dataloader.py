@@ -7,6 +7,7 @@ has to be saved to resume, and the global batch is the same on any number of pro
 
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -37,14 +38,19 @@ def read_meta(data_dir: str) -> dict:
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); prepare the data anew") from None
     counts = {
         f"{split}_{what}": 0 for split in ("train", "val") for what in ("tokens", "words", "bytes")
     }  # may be missing
     for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
-        if not isinstance(meta, dict) or type(meta.get(name, counts.get(name))) is not kind:
-            raise UserError(f"{path}: {name} is missing or not of type {kind.__name__}; prepare the data anew")
+        value = meta.get(name, counts.get(name)) if isinstance(meta, dict) else None
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(
+                f"{path}: {name} is missing or no {'count' if kind is int else 'name'}; prepare the data anew"
+            )
+    if not 1 <= meta["vocab_size"] <= 1 << 16:
+        raise UserError(f"{path}: vocab_size is {meta['vocab_size']}, but shards hold 1 to 65,536 different ids")
     return meta
 
 
@@ -57,7 +63,10 @@ def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
         paths = [path for path in (Path(data_dir, name), Path(name)) if path.exists()]
         if not paths:
             raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
-        return paths[0].read_text(encoding="utf-8")
+        try:
+            return paths[0].read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{paths[0]}: not a tokenizer file ({error}); prepare the data anew") from None
     return name
 
 
@@ -68,7 +77,9 @@ class Windows:
     """
 
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
-        self.paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
+        # The last part of the name counts: a folder may be called my_train_set, and its shards after it.
+        name = re.compile(rf".*_{split}_\d+\.bin", re.DOTALL)
+        self.paths = sorted(path for path in Path(data_dir).glob("*.bin") if name.fullmatch(path.name))
         if not self.paths:
             raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
         self.seq_len, self.vocab_size = seq_len, vocab_size

@@ -1,6 +1,7 @@
 """One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -117,10 +118,9 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> a torch.device; a plain 'cuda' is this process's own card."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device = {device!r}, but it must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", device):
+        raise UserError(f"device = {device!r}, but it must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    picked = torch.device(device)
     if picked.type == "cuda":
         index = local_rank if picked.index is None else picked.index
         if index >= torch.cuda.device_count():

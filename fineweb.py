@@ -461,7 +461,7 @@ def prepare(config: DataConfig) -> None:
     counts = progress["counts"]
     print(f"{out_dir}: {sum(progress['shards'].values())} shards, ", end="")
     print(f"{counts['train_tokens']:,} train and {counts['val_tokens']:,} val tokens of {name}")
-    print(f"next: python train_gpt2.py --data_dir={config.out_dir}")
+    print(f"next: python train_gpt2.py --data_dir={out_dir}")
 
 
 def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, source: Source, start: float) -> None:

@@ -86,7 +86,7 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
             raise UserError("no checkpoint under out/; train one (python train_gpt2.py ...) or say --model=PATH")
         name = str(max(runs, key=os.path.getmtime).parent)
     path = Path(name)
-    is_run, is_hf = bool(checkpoint.find(name)), (path / "config.json").is_file()
+    is_run, is_hf = bool(checkpoint.find(name)), os.path.isfile(path / "config.json")
     # A path called gpt2 goes before the model of that name only where it holds a model itself.
     if name in GPT2_NAMES and not is_run and not is_hf:
         path = download(name)
@@ -94,12 +94,12 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
     if is_hf and not is_run:
         model = load_folder(path)
         return model.to(device), read_tokenizer(path, model.config.vocab_size), path
-    if path.is_dir():
+    if os.path.isdir(path):
         found = checkpoint.newest_whole(name)
         if found is None:
             raise UserError(f"{name}: no checkpoint (ckpt_*.pt) and no config.json in this folder")
         path = found
-    elif not path.exists():
+    elif not os.path.exists(path):
         raise UserError(f"model {name}: no such checkpoint or folder{nearest(name, GPT2_NAMES)}")
     elif wrong := checkpoint.fault(path):
         raise UserError(f"{path} {wrong}")

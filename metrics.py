@@ -155,18 +155,20 @@ class WandB:
 
 def read_metrics(path: Path) -> list[dict]:
     """All records of a metrics.jsonl. What a kill or crash tore is left out, with a warning unless it is the end."""
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record["kind"], str):
-                raise TypeError
-            records.append(record)
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                print(f"{path}:{number}: not a record, left out", file=sys.stderr)
-    return records
+    *lines, end = map(parse, path.read_bytes().split(b"\n"))
+    torn = [number for number, record in enumerate(lines, 1) if record is None]
+    if torn:
+        print(f"{path}:{torn[0]}: not a record, left out ({len(torn)} such lines)", file=sys.stderr)
+    return [record for record in (*lines, end) if record is not None]
+
+
+def parse(line: bytes) -> dict | None:
+    """A line's record; None where it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
 
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:

@@ -45,6 +45,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        for name in ("mlp_hidden", "norm_eps", "rope_base"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.pos == "rope" and self.n_embd // self.n_head % 2:

@@ -1,4 +1,5 @@
 import itertools
+import json
 import random
 
 import numpy as np
@@ -164,3 +165,34 @@ def test_more_shards_than_open_files(tmp_path):
         assert len(Windows(str(tmp_path), "train", T)) == 300
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["my_train_set", "val_val_x", "[x]"])
+def test_a_folder_whose_name_has_a_splits_name_in_it(tmp_path, name):
+    (tmp_path / name).mkdir()
+    write_shard(tmp_path / name / f"{name}_train_000001.bin", range(100))
+    write_shard(tmp_path / name / f"{name}_val_000000.bin", range(100, 200))
+    assert [len(Windows(str(tmp_path / name), split, T).shards) for split in ("train", "val")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"vocab_size": 0}, {"vocab_size": 2**40}, {"val_bytes": "1"}, {"val_words": -1}, {"val_tokens": None}]
+)
+def test_meta_that_is_damaged(tmp_path, changed):
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "train_tokens": 9, "val_tokens": 9, **changed}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=next(iter(changed))):
+        read_meta(str(tmp_path))
+
+
+def test_files_of_a_data_folder_that_cannot_be_read(tmp_path):
+    (tmp_path / "meta.json").mkdir()
+    with pytest.raises(UserError, match=r"meta\.json"):
+        read_meta(str(tmp_path))
+    (tmp_path / "own.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"own\.json"):
+        data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300)
+    (tmp_path / "own.json").unlink()
+    (tmp_path / "own.json").mkdir()
+    with pytest.raises(UserError, match=r"own\.json"):
+        data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300)

@@ -74,7 +74,7 @@ def test_devices():
     assert pick_device("cpu") == CPU
     if not torch.cuda.is_available():
         assert pick_device("auto").type in ("cpu", "mps")
-    for wrong in ("gpu", "cuda:99"):
+    for wrong in ("gpu", "cuda:99", "meta", "cpu:1", "cuda:1000000000000"):
         with pytest.raises(UserError, match=wrong):
             pick_device(wrong)
 

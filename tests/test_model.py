@@ -270,7 +270,17 @@ def test_top_k_and_top_p_against_brute_force():
         assert (have - want).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=5), dict(dropout=1.0), dict(n_layer=0), dict(pos="rope", n_head=32)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(n_head=5),
+        dict(dropout=1.0),
+        dict(n_layer=0),
+        dict(pos="rope", n_head=32),
+        dict(mlp_hidden=0),
+        dict(rope_base=-1.0),
+    ],
+)
 def test_impossible_configs(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPTConfig(**{**TINY, **wrong})
