@@ -100,8 +100,10 @@ def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -
         expected = 0 if config.processes == 1 else 1  # torchrun's own
         events = [r for r in read_metrics(out / "metrics.jsonl") if r.get("event") == "stopped"]
         states = sorted(out.glob("ckpt_*.pt"))
+        if any(r.get("event") == "done" for r in read_metrics(out / "metrics.jsonl")):
+            raise UserError(f"ended by itself after {kills} blows; give more --steps")
         if process.returncode != expected or len(events) != kills + 1:
-            raise UserError(f"SIGTERM ended with {process.returncode} and {events[-1:]}")
+            raise UserError(f"SIGTERM number {kills + 1} ended with {process.returncode}, on record are {events}")
         if events[-1]["step"] and states[-1] != out / f"ckpt_{events[-1]['step']:06d}.pt":
             raise UserError(f"stopped at {events[-1]}, but the newest checkpoint is {states[-1]}")
         kills += 1
