@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -340,6 +341,7 @@ def test_giving_up_leaves_the_last_good_checkpoint(data_dir, tmp_path, monkeypat
     assert (out / "ckpt_000003.pt").read_bytes() == good
     events = [(e["event"], e["step"]) for e in metrics(out, "event") if e["event"] in ("skipped step", "gave up")]
     assert events == [("skipped step", s) for s in (4, 5, 6, 7)] + [("gave up", 7)]
+    assert not re.search("NaN|Infinity", (out / "metrics.jsonl").read_text())  # which JSON does not have
     weights = [torch.load(path)["model"] for path in checkpoint.find(out)]
     assert all(torch.equal(w["wte.weight"], weights[0]["wte.weight"]) for w in weights)
 
