@@ -82,7 +82,7 @@ def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -
         if config.signal == "KILL" and rng.random() < 0.1:  # some while it starts
             time.sleep(rng.uniform(0, 3))
         else:
-            lines = rng.randrange(2 * config.steps // config.kills)
+            lines = rng.randrange(7 * config.steps // (5 * config.kills))
             while (line := process.stdout.readline()) and lines >= 0:
                 lines -= "loss" in line or "writing to" in line or "resuming at" in line
             saving += wait(out, process, rng)
