@@ -99,3 +99,11 @@ def read_metrics(path: Path) -> list[dict]:
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Nats per token to bits per byte of UTF-8, comparable across tokenizers; None where meta.json does not say."""
     return loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"] if meta.get("val_bytes") else None
+
+
+def word_loss(loss: float, meta: dict) -> float | None:
+    """Nats per token to nats per word of the original text, whose exp is the word-level perplexity; None where
+    meta.json does not say. `loss` is that of the whole val split: the tokens behind its last whole window are taken to
+    be as hard as the rest (evaluate.py predicts them too)."""
+    words = meta.get("val_words", 0)
+    return loss * (meta["val_tokens"] - 1) / (words - 1) if words > 1 else None

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from configurator import UserError
-from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics
+from metrics import Metrics, bits_per_byte, lock_metrics, read_metrics, word_loss
 
 
 def test_records_past_a_resume_go(tmp_path):
@@ -91,3 +91,11 @@ def test_bits_per_byte():
     meta = {"val_tokens": 1000, "val_bytes": 4000}
     assert bits_per_byte(2.0, meta) == pytest.approx(2.0 / 0.6931471805599453 / 4)
     assert bits_per_byte(2.0, {}) is None
+
+
+def test_word_loss():
+    meta = {"val_tokens": 275844, "val_words": 245566}  # of a published table: 3.03 and 3.40
+    assert word_loss(3.03, meta) == pytest.approx(3.03 * 275843 / 245565)
+    assert round(word_loss(3.03, meta), 2) == 3.40
+    assert word_loss(2.0, {}) is None
+    assert word_loss(2.0, {"val_tokens": 5, "val_words": 1}) is None
