@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -39,10 +39,12 @@ from configurator import UserError, cli, configure
 from shards import shard_header, shard_tokens
 from sources import Source, import_datasets, open_source, read_texts
 from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
+from wikitext import detokenize
 
 BATCH = 1_000_000  # characters sent to a worker at a time
 COUNTS = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # in meta.json
 PIECE = 250_000  # characters encoded at a time, at most three times as many; tiktoken's regex fails on 1,000,000 spaces
+WIKITEXT_PIECE = 16_000_000  # detokenized at a time: in published numbers a whole file is, and this holds val and test
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class DataConfig:
     shard_tokens: int = 100_000_000  # tokens in a shard; the last of a split has what is left
     num_proc: int | None = None  # worker processes; None is all cores
     join: bool = False  # all rows are one document, a row a line (WikiText)
+    detokenize: Literal["wikitext"] | None = None  # tokens are of the text without WikiText's spaces, words of it as is
     val_split: str | None = None  # validation: the data set's own split of this name,
     val_fraction: float | None = None  # or this fraction of the documents, at the end; of a single one its characters
     val_shards: int | None = None  # or this many shards, at the beginning; 1 if none of the three is given
@@ -171,8 +174,8 @@ def make_slices(texts: Iterator[tuple], begin: Cursor, cut: Cut) -> Iterator[tup
         offset = 0
 
 
-def make_pieces(slices: Iterator[tuple[Cursor, str]], cut: Cut) -> Iterator[tuple[Cursor, Piece]]:
-    """Slices joined to pieces that end with the document or at a safe place.
+def make_pieces(slices: Iterator[tuple[Cursor, str]], cut: Cut, least: int) -> Iterator[tuple[Cursor, Piece]]:
+    """Slices joined to pieces that end with the document, or at a safe place behind about `least` characters.
 
     The safe place is always in the newest slice, so that the cursor of what follows is known.
     """
@@ -186,9 +189,9 @@ def make_pieces(slices: Iterator[tuple[Cursor, str]], cut: Cut) -> Iterator[tupl
             begin, new, size = cursor, starts, 0
         held.append(text)
         size += len(text)
-        if size < PIECE:
+        if size < least:
             continue
-        place = safe_place(text) or (len(text) if size >= 2 * PIECE else 0)  # at worst one token differs there
+        place = safe_place(text) or (len(text) if size >= 2 * least else 0)  # at worst one token differs there
         if place:
             rest = text[place:]
             yield begin, Piece("".join(held)[: size - len(rest)], new, False)
@@ -198,13 +201,13 @@ def make_pieces(slices: Iterator[tuple[Cursor, str]], cut: Cut) -> Iterator[tupl
         yield begin, Piece("".join(held), new, True)
 
 
-def make_batches(source: Source, join: bool, begin: Cursor, cut: Cut) -> Iterator[Batch]:
+def make_batches(source: Source, join: bool, begin: Cursor, cut: Cut, least: int) -> Iterator[Batch]:
     """The whole source from a cursor on, in batches of about BATCH characters, each of one split."""
     batch, size = None, 0
     for part, (split, readers) in list(enumerate(source.parts))[begin.part :]:
         here = begin if part == begin.part else Cursor(part)
         slices = make_slices(read_texts(readers, join, here.file, here.place), here, cut)
-        for cursor, piece in make_pieces(slices, cut):
+        for cursor, piece in make_pieces(slices, cut, least):
             name = "val" if (cursor.document, cursor.char) >= cut else split
             if batch and (size >= BATCH or batch.split != name):
                 yield batch
@@ -228,19 +231,19 @@ class Encoded(NamedTuple):
     bytes: int  # of all pieces, in UTF-8
 
 
-def start_workers(num_proc: int, tokenizer: str) -> ProcessPoolExecutor:
+def start_workers(num_proc: int, tokenizer: str, is_wikitext: bool) -> ProcessPoolExecutor:
     """Worker processes, started first of all because a fork wants no threads, and datasets has some."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business; workers inherit it
-    pool = ProcessPoolExecutor(num_proc, context, start_worker, (tokenizer,))
+    pool = ProcessPoolExecutor(num_proc, context, start_worker, (tokenizer, is_wikitext))
     pool.submit(int)  # without work there are no processes
     signal.signal(signal.SIGINT, handler)
     return pool
 
 
-def start_worker(tokenizer: str) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def start_worker(tokenizer: str, is_wikitext: bool) -> None:
+    global _tokenizer, _is_wikitext
+    _tokenizer, _is_wikitext = tokenizer, is_wikitext
     load_tokenizer.cache_clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, for what was spawned
     parent = multiprocessing.parent_process()
@@ -264,14 +267,18 @@ def describe_tokenizer() -> tuple[str, int, np.ndarray]:
 def encode(pieces: list[Piece]) -> Encoded:
     """Tokens of a batch; every document begins with <|endoftext|>, and <|endoftext|> in a text is ordinary text.
 
-    The words of a document are len(text.strip().split(" ")), spread over its pieces.
+    The words of a document are len(text.strip().split(" ")), spread over its pieces; bytes are those of the tokens.
     """
     _, encode_text, end_of_text = load_tokenizer()
     parts, starts, words, count, size = [], [], [], 0, 0
     for text, new, last in pieces:
         starts.append(count)
+        if _is_wikitext:
+            text = re.sub(r"\n(?=\n)", "\n ", text)  # its empty lines are a space, which Hugging Face's rows have lost
         stripped = text.lstrip() if new else text
         words.append((stripped.rstrip() if last else stripped).count(" ") + new)
+        if _is_wikitext:
+            text = detokenize(text)
         try:
             size += len(text.encode())
         except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
@@ -429,7 +436,7 @@ def prepare(config: DataConfig) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_proc = config.num_proc or cores
-    pool = start_workers(num_proc, tokenizer)
+    pool = start_workers(num_proc, tokenizer, config.detokenize == "wikitext")
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         # Nothing is written until the tokenizer is known and the source's first texts are read.
@@ -445,7 +452,13 @@ def prepare(config: DataConfig) -> None:
         else:
             progress = {"settings": settings, "shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(COUNTS, 0)}
         cut = find_cut(source, config.join, config.val_fraction) if config.val_fraction else NEVER
-        batches = make_batches(source, config.join, Cursor(*progress.get("cursor", ())), cut)
+        batches = make_batches(
+            source,
+            config.join,
+            Cursor(*progress.get("cursor", ())),
+            cut,
+            WIKITEXT_PIECE if config.detokenize else PIECE,
+        )
         stack.enter_context(contextlib.closing(batches))  # now: at the interpreter's exit its readers would complain
         first = next(batches, None)
 

@@ -173,4 +173,13 @@ def parse(line: bytes) -> dict | None:
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Nats per token to bits per byte of UTF-8, comparable across tokenizers; None where meta.json does not say."""
-    return loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"] if meta.get("val_bytes") else None
+    tokens, size = meta.get("val_tokens"), meta.get("val_bytes")
+    return loss / math.log(2) * tokens / size if tokens and size else None
+
+
+def word_loss(loss: float, meta: dict) -> float | None:
+    """Nats per token to nats per word of the original text, whose exp is the word-level perplexity; None where
+    meta.json does not say. `loss` is that of the whole val split: the tokens behind its last whole window are taken to
+    be as hard as the rest (evaluate.py predicts them too)."""
+    tokens, words = meta.get("val_tokens", 0), meta.get("val_words", 0)
+    return loss * (tokens - 1) / (words - 1) if tokens > 1 and words > 1 else None

@@ -45,8 +45,10 @@ def make_optimizers(
     ]
     groups = [group for group in groups if group["params"]]
     if optimizer == "adafactor":
-        # Without eps[0] the step is absolute, not relative to the parameter's size: Adafactor as fine-tuners use it.
-        return [torch.optim.Adafactor(groups, lr=lr, eps=(None, 1.0))]
+        # As fine-tuners use it: eps[1] makes the step absolute, not relative to the parameter's size (but for gains of
+        # an RMS above 1). eps[0] is the floor of a mean squared gradient: its default, 1e-7, is above a GPT-2's, and a
+        # matrix's update would lose its scale. An update is clipped to an RMS of 1 (Shazeer & Stern 2018, 1804.04235).
+        return [torch.optim.Adafactor(groups, lr=lr, eps=(1e-15, 1.0))]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
     if hidden:
         muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

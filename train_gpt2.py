@@ -32,7 +32,7 @@ import checkpoint
 from configurator import UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
 from distributed import World, hardware, pick_dtype
-from metrics import Metrics, bits_per_byte, read_metrics
+from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -55,7 +55,7 @@ class TrainConfig:
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
     batch_size: int = 16  # sequences in a micro-batch, on each process
-    total_batch_size: int = 524288  # tokens in a step; more than one round of micro-batches is accumulated
+    total_batch_size: int | None = 524288  # tokens in a step, accumulated over rounds of micro-batches; None: one round
     # length
     max_steps: int | None = None  # optimizer steps
     epochs: float | None = None  # passes over the data, unless max_steps comes sooner; with neither, one pass
@@ -66,6 +66,7 @@ class TrainConfig:
     learning_rate: float = 6e-4  # the highest
     min_lr: float = 6e-5  # the last
     warmup_steps: int = 715  # steps from 0 to learning_rate
+    warmup_fraction: float | None = None  # in place of warmup_steps: this part of all steps
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
     decay_fraction: float = 0.2  # wsd: the part of all steps in which the rate falls
     weight_decay: float = 0.1  # on matrices only
@@ -87,16 +88,10 @@ class TrainConfig:
 
     def __post_init__(self):
         at_least_1 = ("batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
-        at_least_0 = ("seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval")
-        at_least_0 += (
-            "keep_checkpoints",
-            "warmup_steps",
-            "learning_rate",
-            "min_lr",
-            "weight_decay",
-            "grad_clip",
-            "val_tokens",
-        )
+        at_least_0 = (
+            "seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
+            "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens",
+        )  # fmt: skip
         for least, names in ((1, at_least_1), (0, at_least_0)):
             for name in names:
                 if getattr(self, name) is not None and getattr(self, name) < least:
@@ -107,8 +102,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1)")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction = {self.decay_fraction}, but it must be in [0, 1]")
+        for name in ("decay_fraction", "warmup_fraction"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1]")
         if self.epochs is not None and not 0 < self.epochs < 2**31:
             raise ValueError(f"epochs = {self.epochs}, but it must be more than 0 and below 2^31")
         if self.min_lr > self.learning_rate:
@@ -146,7 +142,9 @@ def main() -> int:
         saved = checkpoint.load(resume_path)
         if missing := {"config", "optimizers", "scaler", "data"} - saved.keys():
             raise UserError(f"{resume_path}: has no {', '.join(missing)} to go on from; use it with --init_from")
+        worked_out = {name for name in ("seq_len", "total_batch_size") if getattr(config, name) is None}  # at the start
         now = {name: f"--{name}" for name in ("out_dir", "resume", "device")} | given
+        now = {name: where for name, where in now.items() if name not in worked_out}
         config = checkpoint.as_it_was(saved["config"], config, now, MAY_CHANGE, resume_path)
         gpt_config = checkpoint.as_it_was(saved["gpt_config"], gpt_config, given, (), resume_path)
         changed = {
@@ -169,7 +167,8 @@ def main() -> int:
     T = config.seq_len or gpt_config.block_size
     if gpt_config.block_size < T:
         raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
-    config = dataclasses.replace(config, seq_len=T)
+    one_round = config.batch_size * T * world.size
+    config = dataclasses.replace(config, seq_len=T, total_batch_size=config.total_batch_size or one_round)
     vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
     train = Windows(config.data_dir, "train", T, vocab_size)
     val = Windows(config.data_dir, "val", T, vocab_size) if config.val_interval else None
@@ -177,12 +176,14 @@ def main() -> int:
     data = world.agree(lambda: same_data(config.data_dir, train, val, data_then))
     if val and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
-    if config.total_batch_size % (config.batch_size * T * world.size):
+    if config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
         raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
     rows = config.total_batch_size // T  # windows in a step
     micro_batches = rows // (config.batch_size * world.size)
     max_steps = planned_steps(config, len(train), rows)
+    part = config.warmup_fraction
+    warmup_steps = config.warmup_steps if part is None else round(part * max_steps)
     for name in ("sample_interval", "hellaswag_interval"):
         if getattr(config, name) and not tokenizer:
             raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
@@ -334,9 +335,12 @@ def main() -> int:
             if config.target_val_loss is not None and val_loss < config.target_val_loss:
                 done = target_reached = True
             bpb = bits_per_byte(val_loss, meta)
-            record("val", step=step, val_loss=val_loss)
+            of_words = word_loss(val_loss, meta) if config.val_tokens // T >= len(val) else None
+            record("val", step=step, val_loss=val_loss, word_loss=of_words)
             say(
-                f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else "")
+                f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}"
+                + (f" | word loss {of_words:.4f}" if of_words else "")
+                + (f" | {bpb:.4f} bits per byte" if bpb else "")
             )
         if due["hellaswag"] and examples and not stopping:
             score = hellaswag.score(model, examples, config.batch_size * T, world, autocast, stop=stop_signals)
@@ -382,7 +386,7 @@ def main() -> int:
         began = time.perf_counter()
         step += 1
         lr = learning_rate(
-            step, config.schedule, config.learning_rate, config.min_lr, config.warmup_steps, max_steps,
+            step, config.schedule, config.learning_rate, config.min_lr, warmup_steps, max_steps,
             config.decay_fraction,
         )  # fmt: skip
         if gpt_config.dropout:  # seeded by the step, so that there is no generator state to save or disturb

@@ -111,7 +111,9 @@ def test_tokens_of_pieces_are_those_of_the_whole(monkeypatch, chunk):
     for seed in range(100):
         text = random_text(seed, 1000)
         texts = texts_of([text[i : i + chunk] for i in range(0, len(text), chunk)])
-        pieces = [p for _, p in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER)]
+        pieces = [
+            p for _, p in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER, fineweb.PIECE)
+        ]
         assert "".join(piece.text for piece in pieces) == text
         assert all(len(piece.text) < 600 for piece in pieces)
         assert len(pieces) > 2
@@ -134,15 +136,18 @@ def test_batches_from_any_cursor_are_the_same(small, cut):
     source = sources.Source([("train", [read, read]), ("test", [read])], 6, None, "")
     for size in (1, 1000):
         fineweb.BATCH = size
-        batches = list(fineweb.make_batches(source, False, Cursor(), cut))
+        batches = list(fineweb.make_batches(source, False, Cursor(), cut, fineweb.PIECE))
         for i, batch in enumerate(batches):
-            assert list(fineweb.make_batches(source, False, batch.cursor, cut)) == batches[i:]
+            assert list(fineweb.make_batches(source, False, batch.cursor, cut, fineweb.PIECE)) == batches[i:]
         assert len(batches) > 10
 
 
 def test_a_text_without_a_safe_place_is_still_cut(small):
     texts = texts_of([" " * 1000, " " * 500])
-    pieces = [piece for _, piece in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER)]
+    pieces = [
+        piece
+        for _, piece in fineweb.make_pieces(fineweb.make_slices(iter(texts), Cursor(), NEVER), NEVER, fineweb.PIECE)
+    ]
     assert "".join(piece.text for piece in pieces) == " " * 1500
     assert max(len(piece.text) for piece in pieces) < 900
 
@@ -220,6 +225,30 @@ def test_join(tmp_path, small):
     prepare(tmp_path / "out3", files=f"{tmp_path}/?.*", join=True, val_fraction=0.5)
     assert read_split(tmp_path / "out3", "train") == tokens_of(["one\ntwo"])
     assert read_split(tmp_path / "out3", "val") == tokens_of(["\nthree\n"])
+
+
+def test_wikitext(tmp_path, small, monkeypatch):
+    """Rows as Hugging Face has them, with empty lines that are empty, are counted as the file's, whose are a space."""
+    lines = [
+        " \n",
+        " = Title = \n",
+        " \n",
+        *(f' He said " word {i} , and then \n 1 @,@ 000 " . \n \n \n' for i in range(40)),
+    ]
+    text = "".join(lines)
+    rows = [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
+    (tmp_path / "source").mkdir()
+    write_rows(tmp_path / "source" / "train.parquet", rows)
+    write_rows(tmp_path / "source" / "test.parquet", rows[:20])
+    options = {"dataset": str(tmp_path / "source"), "join": True, "detokenize": "wikitext", "val_split": "test"}
+    meta = prepare(tmp_path / "out", **options)
+    plain = "\n= Title =\n\n" + "".join(f'He said "word {i}, and then\n1,000".\n\n\n' for i in range(40))
+    assert read_split(tmp_path / "out", "train") == tokens_of([plain])
+    assert meta["train_words"] == words_of([text])
+    assert meta["train_bytes"] == len(plain.encode())
+    assert meta["val_words"] == words_of(["\n".join(text.split("\n")[:20])])
+    monkeypatch.setattr(fineweb, "WIKITEXT_PIECE", 300)  # more than one piece, as a larger file has
+    assert prepare(tmp_path / "out2", **options)["train_words"] == words_of([text])
 
 
 def test_url(tmp_path):

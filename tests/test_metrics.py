@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from configurator import UserError
-from metrics import Metrics, bits_per_byte, read_metrics
+from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 
 
 def begin(out_dir, resumed_at=None, log_to=None):
@@ -156,3 +156,11 @@ def test_bits_per_byte():
     meta = {"val_tokens": 1000, "val_bytes": 4000}
     assert bits_per_byte(2.0, meta) == pytest.approx(2.0 / 0.6931471805599453 / 4)
     assert bits_per_byte(2.0, {}) is None
+
+
+def test_word_loss():
+    meta = {"val_tokens": 275844, "val_words": 245566}  # of a published table: 3.03 and 3.40
+    assert word_loss(3.03, meta) == pytest.approx(3.03 * 275843 / 245565)
+    assert round(word_loss(3.03, meta), 2) == 3.40
+    assert word_loss(2.0, {}) is None
+    assert word_loss(2.0, {"val_tokens": 5, "val_words": 1}) is None

@@ -8,10 +8,12 @@ import shutil
 import pytest
 import requests
 import torch
-from conftest import MODEL, TRAIN, call, metrics, run, write_shard
+from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
 
+from configurator import configure
 from dataloader import Windows, step_windows
 from model import GPT, GPTConfig
+from train_gpt2 import TrainConfig
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
@@ -172,6 +174,43 @@ def test_epochs(data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     n = len(Windows(str(data_dir), "train", 32))
     assert metrics(tmp_path / "run", "train")[-1]["step"] == int(0.2 * n / 8)
+
+
+def test_warmup_fraction_and_a_step_of_one_micro_batch(data_dir, tmp_path):
+    flags = [
+        "--max_steps=10", "--warmup_fraction=0.3", "--schedule=linear", "--min_lr=0", "--total_batch_size=None",
+        "--val_interval=0", "--resume=True",
+    ]  # fmt: skip
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    rates = [record["lr"] / 3e-3 for record in metrics(tmp_path / "run", "train")]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, *(1 - i / 7 for i in range(7))])
+    assert metrics(tmp_path / "run", "train")[-1]["tokens"] == 10 * 2 * 32
+    again = train(data_dir, tmp_path / "run", *flags)  # what None became is what the run had
+    assert again.returncode == 0
+    assert "done" in again.stdout
+
+
+def test_word_loss_of_the_whole_split(data_dir, tmp_path):
+    done = train(data_dir, tmp_path / "run", "--max_steps=1", "--val_tokens=1e6")
+    [_, val] = metrics(tmp_path / "run", "val")
+    meta = json.loads((data_dir / "meta.json").read_text())
+    assert val["word_loss"] == pytest.approx(val["val_loss"] * (meta["val_tokens"] - 1) / (meta["val_words"] - 1))
+    assert f"word loss {val['word_loss']:.4f}" in done.stdout
+    theirs = json.loads(
+        call("evaluate.py", f"--model={tmp_path}/run", f"--data_dir={data_dir}").stdout.splitlines()[-1]
+    )
+    assert val["word_loss"] == pytest.approx(theirs["word_loss"], rel=1e-2)  # which has the tail of the split too
+    done = train(data_dir, tmp_path / "part", "--max_steps=1", "--val_tokens=640")
+    assert metrics(tmp_path / "part", "val")[-1]["word_loss"] is None
+    assert "word loss" not in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.name)
+def test_configs(path):
+    config, gpt_config, given = configure(TrainConfig, GPTConfig, argv=[str(path)])
+    assert {"out_dir", "data_dir"} <= given.keys()
+    T = config.seq_len or gpt_config.block_size
+    assert (config.total_batch_size or 0) % (config.batch_size * T) == 0
 
 
 def test_evaluation_and_samples_leave_the_run_undisturbed(data_dir, tmp_path):

@@ -1,0 +1,32 @@
+from conftest import ROOT, call, metrics
+
+
+def test_goes_on_where_it_stopped(data_dir, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(next(ROOT.glob("records/*_finetune_table")))
+
+    def table(steps, contexts):
+        flags = f"--device=cpu --compile=False --max_steps={steps} --val_interval=1"
+        done = call(
+            "table.py", "--standins=True", "--models=gpt2", "--data=wikitext2", f"--contexts={contexts}",
+            f"--flags={flags}",
+            f"--wikitext2_dir={data_dir}", f"--out_dir={tmp_path}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (tmp_path / "table.md").read_text()
+        return [[word.strip() for word in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+
+    too_long, good = first = table(1, "2048,32")
+    assert too_long[:3] == ["wikitext2", "gpt2 (stand-in)", "2048"]
+    assert too_long[3].startswith("failed: error: ")
+    assert "2048" in too_long[3]
+    cell = tmp_path / "wikitext2_gpt2_32"
+    val = metrics(cell, "val")[-1]
+    assert good[2:] == ["32", "1", f"{val['val_loss']:.4f}", f"{val['word_loss']:.4f}", "-", "-"]
+
+    records = (cell / "metrics.jsonl").read_text()
+    assert table(2, "32") == first[1:]  # a cell that is done is left alone
+    assert (cell / "metrics.jsonl").read_text() == records
+
+    (cell / "metrics.jsonl").write_text("".join(x for x in records.splitlines(True) if '"done"' not in x))  # not done
+    assert table(2, "32")[0][3] == "2"
+    assert [event["step"] for event in metrics(cell, "event") if event["event"] == "resume"] == [1]
