@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from configurator import UserError
-from files import whole_file
+from files import remove_partial, whole_file
 from model import GPTConfig
 
 STATE = {"model", "step", "gpt_config", "tokenizer"}  # what makes it a model that can speak
@@ -36,8 +36,7 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
     """Write `state` as the checkpoint of its step, then delete all older ones but the newest `keep` (0: none) and the
     best. Raises OSError where the disk is full or fails; then all older ones are as they were."""
     path = path_of(out_dir, state["step"])
-    for partial in Path(out_dir).glob(".ckpt_*.pt.partial"):  # what a kill left
-        partial.unlink()
+    remove_partial(out_dir, "ckpt_*.pt")
     with whole_file(path) as file:
         try:
             torch.save(state, file)

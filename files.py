@@ -14,8 +14,8 @@ from configurator import UserError
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """A file to write, which takes its name once all of it is on disk.
 
-    On an error or a full disk (OSError) nothing is left of it, and a file that was there before is as it was. A kill
-    leaves `.NAME.partial`, which the next one overwrites.
+    On an error or a full disk (OSError) nothing is left of it, and a file that was there before is as it was. What a
+    kill leaves, `remove_partial` removes.
     """
     partial = partial_of(path)
     try:
@@ -34,7 +34,14 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def partial_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    """What a file is called while it is written; another process that writes the same one has another."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_partial(folder: str | Path, name: str = "*") -> None:
+    """Remove what kills left of files of this name (a glob) in a folder where nobody else writes now."""
+    for partial in Path(folder).glob(f".{name}.*.partial"):
+        partial.unlink()
 
 
 def lock(file: int, what: str) -> None:

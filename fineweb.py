@@ -36,6 +36,7 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError, cli, configure
+from files import lock, remove_partial, whole_file
 from shards import shard_header, shard_tokens
 from sources import Source, import_datasets, open_source, read_texts
 from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
@@ -308,13 +309,8 @@ def encode_all(pool: ProcessPoolExecutor, batches: Iterator[Batch], waiting: int
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Atomically: after a crash there is the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with whole_file(path, "w") as file:
         json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def shard_path(out_dir: Path, config: DataConfig, split: str, number: int) -> Path:
@@ -408,20 +404,6 @@ def check_same(out_dir: Path, old: dict, new: dict) -> None:
             raise UserError(f"{out_dir} holds shards made with {what}: choose another --out_dir, or delete this one")
 
 
-def lock(folder: Path) -> int:
-    """A handle that keeps other processes out until it is closed or this process ends, however that may be."""
-    import fcntl  # which Windows has not
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process writes to {folder}: wait for it, or choose another --out_dir") from None
-    except OSError:  # a file system without locks
-        pass
-    return handle
-
-
 def prepare(config: DataConfig) -> None:
     """Make the shards and meta.json in config.out_dir, or what of them is still to be made. Raises UserError."""
     out_dir = Path(os.path.expanduser(config.out_dir))
@@ -452,19 +434,17 @@ def prepare(config: DataConfig) -> None:
         else:
             progress = {"settings": settings, "shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(COUNTS, 0)}
         cut = find_cut(source, config.join, config.val_fraction) if config.val_fraction else NEVER
-        batches = make_batches(
-            source,
-            config.join,
-            Cursor(*progress.get("cursor", ())),
-            cut,
-            WIKITEXT_PIECE if config.detokenize else PIECE,
-        )
+        least = WIKITEXT_PIECE if config.detokenize else PIECE
+        batches = make_batches(source, config.join, Cursor(*progress.get("cursor", ())), cut, least)
         stack.enter_context(contextlib.closing(batches))  # now: at the interpreter's exit its readers would complain
         first = next(batches, None)
 
         out_dir.mkdir(parents=True, exist_ok=True)
-        if sys.platform != "win32":
-            stack.callback(os.close, lock(out_dir))
+        if sys.platform != "win32":  # where a folder cannot be opened
+            folder = os.open(out_dir, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            lock(folder, str(out_dir))
+        remove_partial(out_dir)
         for path in out_dir.glob("*.tmp"):
             path.unlink()
         write_json(out_dir / "progress.json", progress)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from configurator import UserError
-from files import lock, partial_of
+from files import lock, partial_of, remove_partial
 
 
 class Metrics:
@@ -49,6 +49,7 @@ class Metrics:
             if self.path.exists() and not self.file:
                 raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
             earlier = self.file or open(self.path, "xb")  # noqa: SIM115
+            remove_partial(out_dir, "metrics.jsonl")
             for record in read_metrics(self.path) if resumed_at is not None else []:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):

@@ -19,6 +19,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from configurator import UserError, nearest
+from files import whole_file
 
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")  # rows with a column of text; any other file is a text
 ROWS = 256  # read at a time
@@ -83,19 +84,16 @@ def download(url: str, out_dir: Path) -> str:
     import requests
 
     path = out_dir / f"download_{hashlib.sha256(url.encode()).hexdigest()[:8]}.txt"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     if not path.exists():
         try:
             with requests.get(url, stream=True, timeout=30) as response:
                 response.raise_for_status()
                 out_dir.mkdir(parents=True, exist_ok=True)
-                with open(temporary, "wb") as file:
+                with whole_file(path) as file:
                     for chunk in response.iter_content(BLOCK):
                         file.write(chunk)
         except (requests.RequestException, ValueError) as error:  # ValueError: what is no URL at all
-            temporary.unlink(missing_ok=True)
             raise UserError(f"--url={url}: {one_line(error)}") from None
-        os.replace(temporary, path)
     return str(path)
 
 

@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path):
 
 
 def test_what_a_kill_left_is_cleaned_up(tmp_path):
-    (tmp_path / ".ckpt_000002.pt.partial").write_bytes(b"half")
+    (tmp_path / ".ckpt_000002.pt.123.partial").write_bytes(b"half")
     path = checkpoint.save(state(1), tmp_path, keep=0, best_step=None)
     assert list(tmp_path.iterdir()) == [path]
 
