@@ -212,7 +212,10 @@ def main() -> int:
     # The model, its optimizers, and the state to go on from.
     if config.deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        torch.use_deterministic_algorithms(True)
+        if config.compile:
+            torch.use_deterministic_algorithms(True)
+        else:
+            torch.set_deterministic_debug_mode("error")  # the same, without importing torch's compiler
         torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it

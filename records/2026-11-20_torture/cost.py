@@ -38,7 +38,7 @@ REMOVED = {
     "metrics.py": [
         ("            lock(self.file.fileno(), out_dir)  # before", "            pass  # before"),
         ("            os.fsync(self.file.fileno())\n            os.replace", "            os.replace"),
-        ('buffering=0)  # noqa: SIM115  (open', "buffering=-1)  # noqa: SIM115  (open"),
+        ("buffering=0)", "buffering=-1)"),
     ],
 }  # fmt: skip
 
