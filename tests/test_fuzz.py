@@ -503,8 +503,8 @@ class SameProcess:
 def workers():
     """No processes and no waiting for the disk; small pieces, batches and blocks, so that small data has many."""
 
-    def start_workers(num_proc, tokenizer):
-        fineweb._tokenizer = tokenizer
+    def start_workers(num_proc, tokenizer, is_wikitext):
+        fineweb._tokenizer, fineweb._is_wikitext = tokenizer, is_wikitext
         fineweb.load_tokenizer.cache_clear()
         return SameProcess()
 
