@@ -210,13 +210,12 @@ def main() -> int:
             problem = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
 
     # The model, its optimizers, and the state to go on from.
-    if config.deterministic or device.type == "cpu":
+    if device.type == "cpu":
+        torch.set_deterministic_debug_mode("error")  # compiled code would add up threads' results in any order
+    elif config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        if config.compile:
-            torch.use_deterministic_algorithms(True)
-        else:
-            torch.set_deterministic_debug_mode("error")  # the same, without importing torch's compiler
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
+        torch.use_deterministic_algorithms(True)  # the same, and the compiler chooses no kernel by its speed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
