@@ -26,12 +26,12 @@ class Metrics:
 
         Raises UserError where another process is writing it: a run that is still going.
         """
-        if not self.path.exists():
-            return False
         try:
+            if not self.path.exists():
+                return False
             self.file = open(self.path, "ab")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}") from None
+            raise UserError(f"out_dir {self.path.parent} cannot be written: {error.strerror}") from None
         lock(self.file.fileno(), str(self.path.parent))
         return True
 

@@ -391,7 +391,7 @@ def test_a_full_disk(data_dir, small_disk, tmp_path):
 
 def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in ("file", "file/run"):
+    for out in ("file", "file/run", "x" * 300):
         done = train(data_dir, tmp_path / out, *TRAIN, "--max_steps=1")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "cannot be written" in done.stderr
