@@ -33,6 +33,8 @@ class Metrics:
         except OSError as error:
             raise UserError(f"out_dir {self.path.parent} cannot be written: {error.strerror}") from None
         lock(self.file.fileno(), str(self.path.parent))
+        if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):  # opened just before it was replaced
+            raise UserError(f"{self.path.parent}: another run has just begun there; choose another --out_dir")
         return True
 
     def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
@@ -49,6 +51,7 @@ class Metrics:
             if self.path.exists() and not self.file:
                 raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
             earlier = self.file or open(self.path, "xb")  # noqa: SIM115
+            lock(earlier.fileno(), out_dir)
             remove_partial(out_dir, "metrics.jsonl")
             for record in read_metrics(self.path) if resumed_at is not None else []:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")

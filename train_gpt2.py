@@ -195,7 +195,7 @@ def main() -> int:
         world.close()
         return 0
 
-    examples, problem = [], None
+    examples, no_hellaswag = [], None
     if config.hellaswag_interval:
         import hellaswag  # with tokenizers, which take a while to import
         from tokenizer import get_tokenizer
@@ -207,7 +207,7 @@ def main() -> int:
         except UserError as error:
             if config.hellaswag_data:
                 raise
-            problem = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
+            no_hellaswag = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
 
     # The model, its optimizers, and the state to go on from.
     if device.type == "cpu":
@@ -276,13 +276,13 @@ def main() -> int:
     say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
     say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
-    if problem:
-        record("event", event="no hellaswag", step=step, problem=problem)
-        say(problem)
+    if no_hellaswag:
+        record("event", event="no hellaswag", step=step, problem=no_hellaswag)
+        say(no_hellaswag)
     for name, (before, after) in changed.items():
         say(f"changed: {name} = {after}, was {before}")
     gc.enable()
-    stopping = False
+    stopping = gave_up = False
     logged_step, seconds = step, 0.0  # of training since then
 
     def log_step() -> None:
@@ -424,7 +424,8 @@ def main() -> int:
         if skipped:
             record("event", event="skipped step", step=step, loss=loss, grad_norm=norm)
             say(f"step {step:>5}/{max_steps} | skipped: loss {loss}, gradient norm {norm}")
-        if skipped == config.max_skipped:
+        gave_up = skipped >= config.max_skipped  # more than that where a resumed run has a lower limit
+        if gave_up:
             record("event", event="gave up", step=step)
             say(f"gave up: {skipped} steps in a row without a finite loss and gradient; the last checkpoint is kept")
             break
@@ -436,7 +437,7 @@ def main() -> int:
     if world.is_main:
         log.close()
     world.close()
-    if skipped == config.max_skipped:
+    if gave_up:
         return 3
     if stopping and not done:
         say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")

@@ -9,7 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
+import metrics
 from configurator import UserError
+from files import lock
 from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 
 
@@ -74,6 +76,24 @@ def test_one_writer(tmp_path):
         again.begin(0)
     again.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "run"}]
+
+
+def test_two_that_open_the_same_file(tmp_path, monkeypatch):
+    """The second has it open when the first replaces it, and locks what is no longer there."""
+    begin(tmp_path).close()
+    first, second = Metrics(tmp_path), Metrics(tmp_path)
+
+    def first_is_faster(file, what):
+        monkeypatch.setattr(metrics, "lock", lock)
+        first.lock()
+        first.begin(0)
+        lock(file, what)
+
+    monkeypatch.setattr(metrics, "lock", first_is_faster)
+    with pytest.raises(UserError, match="just begun"):
+        second.lock()
+    with open(tmp_path / "metrics.jsonl") as file, pytest.raises(UserError, match="another process"):
+        lock(file.fileno(), "x")
 
 
 class FullDisk:

@@ -337,6 +337,10 @@ def test_giving_up_leaves_the_last_good_checkpoint(data_dir, tmp_path, monkeypat
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * math.inf)
     assert train(data_dir, out, *flags, "--resume=True", "--max_steps=5").returncode == 0
     assert torch.load(out / "ckpt_000005.pt")["skipped"] == 2
+    shutil.copytree(out, tmp_path / "lower")
+    lower = ["--resume=True", "--max_steps=50", "--max_skipped=1"]  # already passed
+    assert train(data_dir, tmp_path / "lower", *flags, *lower).returncode == 3
+    assert metrics(tmp_path / "lower", "event")[-1] == {"kind": "event", "event": "gave up", "step": 6}
     assert train(data_dir, out, *flags, "--resume=True", "--max_steps=50").returncode == 3
     assert (out / "ckpt_000003.pt").read_bytes() == good
     events = [(e["event"], e["step"]) for e in metrics(out, "event") if e["event"] in ("skipped step", "gave up")]
