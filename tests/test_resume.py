@@ -181,7 +181,7 @@ def until(process, text):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path, number):
     out = tmp_path / "run"
-    flags = [*TRAIN, "--max_steps=400", "--dropout=0.2", "--checkpoint_interval=100000"]
+    flags = [*TRAIN, "--max_steps=400", "--dropout=0.2", "--checkpoint_interval=100000", "--val_interval=0"]
     process = start(data_dir, out, *flags)
     until(process, "step     3/")
     process.send_signal(number)
@@ -331,6 +331,7 @@ def test_nan_on_one_rank_is_skipped_on_all(data_dir, tmp_path):
 def test_giving_up_leaves_the_last_good_checkpoint(data_dir, tmp_path, monkeypatch):
     """Resumed in the middle of it, the count goes on."""
     out, flags = tmp_path / "run", [*TRAIN, "--checkpoint_interval=1", "--keep_checkpoints=1", "--max_skipped=4"]
+    flags += ["--val_interval=0"]  # no best one, which is kept anyway
     assert train(data_dir, out, *flags, "--max_steps=3").returncode == 0
     good = (out / "ckpt_000003.pt").read_bytes()
     clip = torch.nn.utils.clip_grad_norm_
@@ -391,6 +392,24 @@ def test_a_full_disk(data_dir, small_disk, tmp_path):
     assert train(data_dir, tmp_path / "large", *flags, "--max_steps=8").returncode == 0
     assert records(out) == records(tmp_path / "large")
     assert train(data_dir, small_disk / "other", *flags, "--max_steps=1").returncode == 0
+
+
+def test_the_best_is_one_that_was_saved(data_dir, tmp_path, monkeypatch):
+    """The save of the best step fails; from then on the best is another."""
+    val_losses, save = iter([4.0, 3.0, 1.0, 2.0, 2.5]), checkpoint.save  # at steps 0, 2, 4, 6 and 8
+
+    def fails_at_4(state, *args):
+        if state["step"] == 4:
+            raise OSError(28, "No space left on device")
+        return save(state, *args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(val_losses))
+    monkeypatch.setattr(checkpoint, "save", fails_at_4)
+    flags = [*TRAIN, "--max_steps=8", "--val_interval=2", "--checkpoint_interval=2", "--keep_checkpoints=1"]
+    done = train(data_dir, tmp_path / "run", *flags)
+    assert (done.returncode, done.stdout.count("NOT SAVED at step 4")) == (0, 1)
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path / "run")] == [8, 6]
+    assert torch.load(tmp_path / "run" / "ckpt_000008.pt")["best"] == {"step": 6, "val_loss": 2.0}
 
 
 def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
