@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import time
 import tokenize
@@ -22,7 +23,10 @@ import typing
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, TextIO, Union
+
+PathStr = Annotated[str, "a path"]  # an option of this type may begin with ~/
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
 
 class UserError(Exception):
@@ -36,28 +40,78 @@ class UserError(Exception):
         self.alone = alone
 
 
+class Output:
+    """stdout or stderr, whose failures end no run: what a closed pipe or a full disk does not take is lost.
+
+    Characters that the terminal's encoding does not have are replaced.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream, self.lost = stream, stream is None  # None: closed before Python started
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self.attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt("flush")
+
+    def attempt(self, method: str, *args: str) -> None:
+        try:
+            if not self.lost:
+                getattr(self.stream, method)(*args)
+        except OSError as error:
+            self.lost = True
+            if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # `| head` wants no more, and knows it
+                print(f"stdout: {error.strerror}; what is printed from here on is lost", file=sys.stderr, flush=True)
+
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, ...
+        return getattr(self.stream, name)
+
+
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's `main` and exit with what it returns; a UserError becomes one line on stderr and status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts switch it off while they import
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         status = main() or 0
     except UserError as error:
-        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun: one process of each machine says it
+        if error.alone or not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # one process of each machine
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # torchrun kills all once one ends, and the one that says it must come to that
         status = 2
     except KeyboardInterrupt:
         status = 130  # as a shell calls it
-    except Exception:
-        if "RANK" not in os.environ:
+    except Exception as error:
+        if is_out_of_memory(error):
+            wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
+            more = f" ({wanted[1]} more were wanted)" if wanted else ""
+            print(f"error: out of memory{more}; use smaller batches, or a smaller model", file=sys.stderr, flush=True)
+            status = 2
+        elif under_torchrun():
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        traceback.print_exc()
-        status = 1
-    if "RANK" in os.environ:  # torchrun: gloo's threads outlive its group and now and then abort a Python that winds up
+    if under_torchrun():  # gloo's threads outlive its group and now and then abort a Python that winds up
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of a group that torchrun started (or who else sets all that torchrun does)."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is what Python or torch raise for want of memory, on a card or on the CPU."""
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return "OutOfMemoryError" in names or "MemoryError" in names or "can't allocate memory" in str(error)
 
 
 def configure(*classes: type, argv: list[str] | None = None) -> tuple:
@@ -69,26 +123,28 @@ def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        if os.environ.get("RANK", "0") == "0":
+        if not under_torchrun() or os.environ["RANK"] == "0":
             print(help_text(classes))
         sys.exit(0)
     annotations = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    extras = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+    paths = {name for name, hint in extras.items() if PathStr in (hint, *typing.get_args(hint))}
     values: dict[str, Any] = {}
     given: dict[str, str] = {}
     files = [arg for arg in argv if not arg.startswith("-")]
     flags = [arg for arg in argv if arg.startswith("-")]
     for path in files:
         for name, value, where in read_file(path, annotations):
-            values[name] = check(name, value, annotations, where)
-            given[name] = where
+            values[name], given[name] = check(name, value, annotations, where), where
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not name.isidentifier():
             raise UserError(f"{flag}: options look like --name=value{nearest(name.replace('-', '_'), annotations)}")
         if name in annotations and not equals:
             raise UserError(f"--{name} needs a value: --{name}={'True' if annotations[name] is bool else 'VALUE'}")
-        values[name] = check(name, parse(text, annotations.get(name)), annotations, f"--{name}")
         given[name] = f"--{name}"
+        values[name] = check(name, parse(text, annotations.get(name)), annotations, given[name])
+    values |= {name: os.path.expanduser(value) for name, value in values.items() if name in paths and value}
     instances = []
     for cls in classes:
         own = {name: values[name] for name in typing.get_type_hints(cls) if name in values}

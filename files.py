@@ -44,21 +44,27 @@ def remove_partial(folder: str | Path, name: str = "*") -> None:
         partial.unlink()
 
 
-def lock(file: int, what: str) -> None:
-    """Keep other processes out until this file handle is closed or this process ends, however that may be.
+def lock_folder(folder: str | Path) -> int | None:
+    """Keep other processes from writing a folder that exists, until the returned file handle is closed or this process
+    ends, however that may be. None on Windows, which has no such locks.
 
-    Raises UserError where another process has the lock: `what` is in use.
+    Raises UserError where another process has the lock.
     """
     if sys.platform == "win32":
-        return
+        return None
     import fcntl
 
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself: no file in it that could be deleted
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{what}: another process is writing there; wait for it, or choose another --out_dir") from None
+        os.close(handle)
+        raise UserError(
+            f"{folder}: another process is writing there; wait for it, or choose another --out_dir"
+        ) from None
     except OSError as error:
         print(
-            f"{what}: this file system has no locks ({error.strerror}), so a second run would not be noticed",
+            f"{folder}: this file system has no locks ({error.strerror}), so a second run would not be noticed",
             file=sys.stderr,
         )
+    return handle

@@ -36,7 +36,7 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError, cli, configure
-from files import lock, remove_partial, whole_file
+from files import lock_folder, remove_partial, whole_file
 from shards import shard_header, shard_tokens
 from sources import Source, import_datasets, open_source, read_texts
 from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
@@ -440,10 +440,8 @@ def prepare(config: DataConfig) -> None:
         first = next(batches, None)
 
         out_dir.mkdir(parents=True, exist_ok=True)
-        if sys.platform != "win32":  # where a folder cannot be opened
-            folder = os.open(out_dir, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            lock(folder, str(out_dir))
+        handle = lock_folder(out_dir)
+        stack.callback(lambda: handle is None or os.close(handle))
         remove_partial(out_dir)
         for path in out_dir.glob("*.tmp"):
             path.unlink()

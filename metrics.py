@@ -1,5 +1,6 @@
 """metrics.jsonl, the record of a run: one JSON object a line, each with its "kind"."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -7,66 +8,66 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from configurator import UserError
-from files import lock, partial_of, remove_partial
+from files import lock_folder, remove_partial, whole_file
 
 
 class Metrics:
-    """out_dir/metrics.jsonl, and that no other process writes it: `lock`, then `begin`, then `write` and `sync`."""
+    """out_dir/metrics.jsonl, in a folder with one writer: `lock`, then `begin`, then `write` and `sync`."""
 
     def __init__(self, out_dir: str):
         self.path = Path(out_dir, "metrics.jsonl")
-        self.file, self.mirror = None, None
+        self.file, self.mirror, self.lock_handle, self.begun = None, None, None, False
         self.unwritten, self.failing = b"", False
 
     def lock(self) -> bool:
-        """Whether there is an earlier run's file; if so, nobody else can write it until this process ends.
+        """Whether out_dir holds a metrics.jsonl already; nobody else can write out_dir until this process ends.
 
-        Raises UserError where another process is writing it: a run that is still going.
+        A folder that does not exist is not made. Raises UserError where another process writes it: a run that goes on.
         """
+        if not self.path.parent.is_dir():
+            return False
         try:
-            if not self.path.exists():
-                return False
-            self.file = open(self.path, "ab")  # noqa: SIM115
+            self.lock_handle = lock_folder(self.path.parent)
         except OSError as error:
-            raise UserError(f"out_dir {self.path.parent} cannot be written: {error.strerror}") from None
-        lock(self.file.fileno(), str(self.path.parent))
-        if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):  # opened just before it was replaced
-            raise UserError(f"{self.path.parent}: another run has just begun there; choose another --out_dir")
-        return True
+            raise UserError(f"out_dir {self.path.parent} cannot be read: {error.strerror}") from None
+        self.begun = self.path.exists()
+        return self.begun
 
     def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
         """Start an empty file, or one that holds what an earlier run recorded up to the step that it is resumed at: not
-        that step's evaluations, which are made anew. `log_to` (tensorboard, wandb) gets the same records.
+        that step's evaluations, which are made again. `log_to` (tensorboard, wandb) gets the same records.
 
-        Raises UserError where another run has begun meanwhile, out_dir cannot be written, or log_to is not installed.
+        Raises UserError where another run has begun meanwhile, out_dir cannot be written, or log_to is not installed;
+        then an earlier file is as it was.
         """
-        out_dir, partial, kept = str(self.path.parent), partial_of(self.path), []
-        if log_to and importlib.util.find_spec(log_to) is None:
+        out_dir, kept = self.path.parent, []
+        if log_to and not installed(log_to):
             raise UserError(f"log_to = {log_to!r} needs a package: pip install {log_to}")
         try:
-            os.makedirs(out_dir, exist_ok=True)
-            if self.path.exists() and not self.file:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            if self.lock_handle is None:
+                self.lock_handle = lock_folder(out_dir)
+            if self.path.exists() and not self.begun:
                 raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
-            earlier = self.file or open(self.path, "xb")  # noqa: SIM115
-            lock(earlier.fileno(), out_dir)
             remove_partial(out_dir, "metrics.jsonl")
             for record in read_metrics(self.path) if resumed_at is not None else []:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):
                     kept.append(record)
-            self.file = open(partial, "wb", buffering=0)  # noqa: SIM115
-            lock(self.file.fileno(), out_dir)  # before it takes the name, so that there is no moment without a lock
-            self.file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-            os.fsync(self.file.fileno())
-            os.replace(partial, self.path)
-            earlier.close()
+            with whole_file(self.path) as file:  # the old one stays until all of the new one is on disk
+                file.writelines(to_line(record) for record in kept)
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None
         if log_to:
-            self.mirror = {"tensorboard": TensorBoard, "wandb": WandB}[log_to](out_dir, kept)
+            self.show(lambda: self.open_mirror(log_to, kept))
+
+    def open_mirror(self, log_to: str, kept: list[dict]) -> None:
+        self.mirror = {"tensorboard": TensorBoard, "wandb": WandB}[log_to](str(self.path.parent), kept)
 
     def write(self, kind: str, **values: object) -> None:
         """One record. Numbers that are not finite become null: JSON has no NaN."""
@@ -74,7 +75,7 @@ class Metrics:
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
         record = {"kind": kind, **values}
-        self.unwritten += (json.dumps(record) + "\n").encode()
+        self.unwritten += to_line(record)
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -84,19 +85,40 @@ class Metrics:
                 print(f"{self.path}: {error.strerror}; records wait in memory", file=sys.stderr, flush=True)
             self.failing = True
         if self.mirror:
-            self.mirror.show(record)
+            self.show(lambda: self.mirror.show(record))
+
+    def show(self, action: Callable[[], None]) -> None:
+        """Do something with the mirror, and drop it where that fails: the run does not depend on it."""
+        try:
+            action()
+        except Exception as error:  # a full disk, a network, an account: of many types
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"metrics go to {self.path} alone from here on: {reason}", file=sys.stderr, flush=True)
+            self.mirror = None
 
     def sync(self) -> None:
         """Return once all records are on disk. Raises OSError where that fails."""
         self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         if self.unwritten:
-            raise OSError(f"{self.path}: the disk took a part of a record")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
         if self.mirror:
-            self.mirror.close()
+            self.show(self.mirror.close)
+        if self.lock_handle is not None:
+            os.close(self.lock_handle)
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a stray folder of its name, which Python would take for one, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def to_line(record: dict) -> bytes:
+    return (json.dumps(record) + "\n").encode()
 
 
 class TensorBoard:

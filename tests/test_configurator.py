@@ -1,11 +1,14 @@
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
+from conftest import ROOT
 
-from configurator import UserError, cli, configure, field_comments
+from configurator import TORCHRUN, PathStr, UserError, cli, configure, field_comments
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,76 @@ def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, c
 
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("os._exit", sys.exit)
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "0")
     for rank, said, waited in (("1", "", 1), ("0", "error: wrong\n", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             cli(wrong)
         assert capsys.readouterr().err == said
         assert len(waits) == waited
+
+
+@dataclass(frozen=True)
+class Paths:
+    folder: PathStr = "x"
+    other: PathStr | None = None
+    text: str = ""
+
+
+def test_a_path_may_begin_at_home_and_a_text_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths, _ = configure(Paths, argv=["--folder=~/a", "--other=~/b", "--text=~/c"])
+    assert paths == Paths("/home/me/a", "/home/me/b", "~/c")
+    paths, _ = configure(Paths, argv=["--other=none"])
+    assert paths == Paths()
+
+
+CHATTY = """
+from configurator import cli
+def main():
+    for _ in range(9):
+        print("é " * 9999)
+    open("done", "w")
+cli(main)
+"""
+
+
+@pytest.mark.parametrize(("where", "message"), [("| true", ""), ("> /dev/full", "stdout: No space left"), (">&-", "")])
+def test_output_that_nobody_takes_ends_no_run(tmp_path, where, message):
+    script = tmp_path / "chatty.py"
+    script.write_text(CHATTY)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = f"set -o pipefail; {sys.executable} chatty.py {where}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
+    assert done.stderr.count("\n") == bool(message)
+    assert message in done.stderr
+
+
+def test_characters_that_a_terminal_does_not_have_are_replaced(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    code = "import sys\nfrom configurator import cli\ncli(lambda: print('é', file=sys.stdout))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "4096 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
+        (MemoryError(), "out of memory;"),
+    ],
+)
+def test_out_of_memory_is_one_line(capsys, error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        cli(main)
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory")
+    assert line in said
+    assert said.count("\n") == 1

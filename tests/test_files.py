@@ -3,7 +3,7 @@ import os
 import pytest
 
 from configurator import UserError
-from files import lock, whole_file
+from files import lock_folder, whole_file
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -35,8 +35,9 @@ def test_data_name_and_folder_are_synced_in_this_order(tmp_path, monkeypatch):
     assert calls == ["data", "name", "folder"]
 
 
-def test_lock(tmp_path):
-    with open(tmp_path / "x", "w") as first, open(tmp_path / "x") as second:
-        lock(first.fileno(), "x")
-        with pytest.raises(UserError, match="x: another process"):
-            lock(second.fileno(), "x")
+def test_one_process_writes_a_folder(tmp_path):
+    handle = lock_folder(tmp_path)
+    with pytest.raises(UserError, match="another process is writing there"):
+        lock_folder(tmp_path)
+    os.close(handle)
+    os.close(lock_folder(tmp_path))

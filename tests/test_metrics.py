@@ -2,6 +2,7 @@ import errno
 import importlib.util
 import json
 import os
+import resource
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -9,9 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-import metrics
 from configurator import UserError
-from files import lock
 from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 
 
@@ -30,7 +29,7 @@ def test_records_past_a_resume_go(tmp_path):
         log.write("train", step=step + 1, loss=float("nan"), grad_norm=float("inf"), mfu=None)
         log.write("event", event="x", step=step + 1)
     log.file.write(b'{"kind": "tra')  # killed in the middle of a line
-    log.file.close()
+    log.close()
     begin(tmp_path, 3).write("event", event="resume", step=3)
     records = read_metrics(tmp_path / "metrics.jsonl")
     have = [(r["kind"], r.get("step")) for r in records]
@@ -59,41 +58,51 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 
 def test_one_writer(tmp_path):
-    first, second = Metrics(tmp_path), Metrics(tmp_path)
+    out = tmp_path / "run"
+    first, second = Metrics(out), Metrics(out)
     assert (first.lock(), second.lock()) == (False, False)
     first.begin(None)
     first.write("run")
     with pytest.raises(UserError, match="another process"):
-        Metrics(tmp_path).lock()
-    with pytest.raises(UserError, match="just begun"):  # both looked when there was no run yet
+        Metrics(out).lock()
+    with pytest.raises(UserError, match="another process"):  # both looked when there was no run yet
         second.begin(None)
     first.close()
-    again = Metrics(tmp_path)
+    again = Metrics(out)
     assert again.lock()
     for _ in range(2):
         with pytest.raises(UserError, match="another process"):
-            Metrics(tmp_path).lock()
+            Metrics(out).lock()
         again.begin(0)
     again.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "run"}]
+    assert read_metrics(out / "metrics.jsonl") == [{"kind": "run"}]
 
 
-def test_two_that_open_the_same_file(tmp_path, monkeypatch):
-    """The second has it open when the first replaces it, and locks what is no longer there."""
+def test_the_lock_is_the_folders(tmp_path):
+    """A run whose metrics.jsonl was deleted still keeps others out."""
+    log = begin(tmp_path)
+    log.path.unlink()
+    with pytest.raises(UserError, match="another process"):
+        begin(tmp_path)
+    log.close()
     begin(tmp_path).close()
-    first, second = Metrics(tmp_path), Metrics(tmp_path)
 
-    def first_is_faster(file, what):
-        monkeypatch.setattr(metrics, "lock", lock)
-        first.lock()
-        first.begin(0)
-        lock(file, what)
 
-    monkeypatch.setattr(metrics, "lock", first_is_faster)
-    with pytest.raises(UserError, match="just begun"):
-        second.lock()
-    with open(tmp_path / "metrics.jsonl") as file, pytest.raises(UserError, match="another process"):
-        lock(file.fileno(), "x")
+def test_a_resume_that_finds_no_room_leaves_the_old_file(tmp_path):
+    log = begin(tmp_path)
+    for step in range(1000):
+        log.write("train", step=step)
+    log.close()
+    before = log.path.read_bytes()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 3, hard))  # a write that crosses this comes back short
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large"):
+            begin(tmp_path, 900)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.path.read_bytes() == before
 
 
 class FullDisk:
@@ -150,7 +159,7 @@ def test_wandb_gets_the_same_records(tmp_path, monkeypatch):
         log=calls.append, define_metric=lambda *args, **kwargs: None, finish=lambda: calls.append("finish")
     )
     stand_in = ModuleType("wandb", "stand-in")
-    stand_in.__spec__ = ModuleSpec("wandb", None)
+    stand_in.__spec__ = ModuleSpec("wandb", None, origin="stand-in")
     stand_in.init = lambda **kwargs: calls.append(kwargs["id"]) or run
     stand_in.Settings = dict
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
@@ -184,3 +193,35 @@ def test_word_loss():
     assert round(word_loss(3.03, meta), 2) == 3.40
     assert word_loss(2.0, {}) is None
     assert word_loss(2.0, {"val_tokens": 5, "val_words": 1}) is None
+
+
+class Failing:
+    def show(self, record):
+        raise RuntimeError("no room\nleft")
+
+    close = None
+
+
+def test_a_mirror_that_fails_is_dropped(tmp_path, capsys):
+    log = begin(tmp_path)
+    log.mirror = Failing()
+    for step in range(3):
+        log.write("train", step=step)
+    log.close()
+    assert len(read_metrics(log.path)) == 3
+    assert capsys.readouterr().err == f"metrics go to {log.path} alone from here on: no room left\n"
+
+
+def test_a_mirror_that_cannot_be_opened_ends_no_run(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where its folder should be")
+    log = begin(tmp_path, log_to="tensorboard")
+    log.write("train", step=1)
+    log.close()
+    assert capsys.readouterr().err.count("alone from here on") == 1
+
+
+def test_a_stray_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="pip install wandb"):
+        begin(tmp_path / "run", log_to="wandb")
