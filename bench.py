@@ -1,0 +1,245 @@
+"""Time the training step of any config: tokens/s, MFU, time by part and peak memory.
+
+    python bench.py config/gpt2_124m.py --batch_size=64
+    torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
+    python bench.py config/gpt2_124m.py --compare=HEAD~3               # that commit's code too, in turn
+    python bench.py config/gpt2_124m.py --against=--optimizer=muon     # other options too, in turn
+
+It is train_gpt2.py's own step on its own loader, which reads data_dir or, where a config names a folder that is not
+there, random tokens. Nothing of a run is written. The last line printed is one JSON object. Its parts are mean ms a
+step, on CUDA as the device went through them, elsewhere as Python did:
+    data       until a micro-batch is there           backward   gradients, and averaging them over processes
+    forward    the losses                             optimizer  the update
+    waiting    for the losses of other processes, the gradient's norm, and Python to know both
+Its memory is the most that tensors took on CUDA, elsewhere the most that the process had. Not for Windows.
+"""
+
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import PathStr, UserError, cli, configure, under_torchrun
+from dataloader import Windows, read_meta, train_batches
+from distributed import World, hardware, machine, pick_dtype
+from metrics import Metrics
+from model import GPTConfig
+from shards import shard_header
+from train_gpt2 import Run, TrainConfig, check, fill_in, make_plan, make_run, open_data, starting_point, train_step
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    steps: int = 20  # steps that are timed
+    warmup: int = 5  # steps before them
+    profile: PathStr | None = None  # write a trace of one more step to this file, for ui.perfetto.dev
+    compare: str | None = None  # a commit: its code is measured too
+    against: str | None = None  # other options, measured too: "config/y.py --name=value"; a file replaces those given
+    rounds: int = 3  # with compare or against: how often each of the two is measured, in turn
+    processes: int | None = None  # with compare or against: torchrun's, in place of starting this script with it
+
+    def __post_init__(self):
+        for name, least in dict(steps=1, warmup=0, rounds=1, processes=1).items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least {least}")
+        if self.profile and not Path(self.profile).absolute().parent.is_dir():
+            raise ValueError(f"profile = {self.profile!r}: there is no such folder to write to")
+
+
+def main() -> int:
+    bench, config, gpt_config, given = configure(BenchConfig, TrainConfig, GPTConfig)
+    if bench.compare or bench.against:
+        print(json.dumps(compare(bench, sys.argv[1:])))
+        return 0
+    world = World(config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        run, data = build(config, gpt_config, given, world, folder)
+        result = measure(bench, run, data, built=time.perf_counter() - began)
+    world.close()
+    if world.is_main:
+        mfu = f" | mfu {result['mfu']:.1%}" if result["mfu"] else ""
+        print(f"{result['parameters']:,} parameters, {result['world_size']} x {result['hardware']}, {result['dtype']}")
+        for part, ms in result["parts"].items():
+            print(f"{part:>12} {ms:10.2f} ms {ms / result['ms_mean']:7.1%}")
+        print(f"{'step':>12} {result['ms']:10.2f} ms median, {result['ms_min']:.2f} to {result['ms_max']:.2f}")
+        print(f"{result['tokens_per_sec']:,.0f} tok/s{mfu} | peak memory {result['peak_memory_gb']:.2f} GB", end="")
+        print(f" | {result['setup_seconds']:.1f} s to build and compile | {result['skipped']} updates skipped")
+        print(json.dumps(result))
+    return 0
+
+
+def build(
+    config: TrainConfig, gpt_config: GPTConfig, given: Collection[str], world: World, folder: str
+) -> tuple[Run, Windows]:
+    """The run that train_gpt2.py would begin, less what happens between steps, and its data: random tokens in `folder`
+    where the config names a data_dir that is not there. Raises UserError as train_gpt2.py does."""
+    config = replace(config, val_interval=0, target_val_loss=None, hellaswag_interval=0, sample_interval=0)
+    random_data = not os.path.isdir(config.data_dir) and given.get("data_dir") != "--data_dir"
+    meta = {} if random_data else read_meta(config.data_dir)
+    gpt_config, weights = starting_point({}, config, gpt_config, given, meta)
+    config = fill_in(config, gpt_config, world)
+    check(config, gpt_config, meta, None, world)
+    if random_data:
+        config = replace(config, data_dir=folder)
+        ids = min(gpt_config.vocab_size, 1 << 16)
+        tokens = np.random.default_rng(0).integers(0, ids, 10 * config.total_batch_size + 1, dtype=np.uint16)
+        Path(folder, "random_train_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
+    data, _ = open_data(config, gpt_config, meta)
+    plan, log = make_plan(config, len(data), world), Metrics(config.out_dir, world.is_main)
+    return make_run(config, gpt_config, plan, world, log, {}, weights, None, [], meta, {}), data
+
+
+def measure(bench: BenchConfig, run: Run, data: Windows, built: float) -> dict:
+    """Take the steps; what the JSON line says. `built`: the seconds that building the run took."""
+    config, plan, world = run.config, run.plan, run.world
+    device, synchronize = world.device, getattr(torch, world.device.type).synchronize
+    batches = train_batches(data, config.seed, plan.rows, config.batch_size, world.rank, world.size, device, 1)
+    clock, losses, skipped, times = Clock(run), [], [], []
+    timed = clock.timed(batches)
+
+    def one_step(step: int) -> None:
+        loss, norm, _, stop = train_step(run, step, timed)
+        if stop:
+            raise KeyboardInterrupt
+        losses.append(loss if math.isfinite(loss) else None)
+        skipped.append(not (math.isfinite(loss) and math.isfinite(norm)))
+
+    for step in range(1, bench.warmup + bench.steps + 1):
+        if step == bench.warmup + 1:
+            synchronize()
+            clock.marks.clear()
+        times.append(time.perf_counter())
+        one_step(step)
+    clock.mark("end")
+    synchronize()
+    times.append(time.perf_counter())
+    parts = {part: ms / bench.steps for part, ms in clock.parts().items()}
+    if bench.profile:
+        with torch.profiler.profile() as trace:
+            one_step(step + 1)
+            synchronize()
+        if world.is_main:
+            trace.export_chrome_trace(bench.profile)
+    batches.close()
+
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        peak_memory = torch.cuda.max_memory_allocated(device)
+    ms = [1e3 * (end - begin) for begin, end in pairwise(times)]
+    first, ms = ms[0], ms[bench.warmup :]
+    median, (_, peak_flops) = statistics.median(ms), hardware(device)
+    tokens_per_sec = config.total_batch_size / median * 1e3
+    flops = run.model.flops_per_token(config.seq_len) * tokens_per_sec
+    return dict(
+        tokens_per_sec=tokens_per_sec, mfu=flops / (world.size * peak_flops) if peak_flops else None,
+        ms=median, ms_min=min(ms), ms_max=max(ms), ms_mean=statistics.mean(ms), parts=parts,
+        peak_memory_gb=peak_memory / 1e9, setup_seconds=built + (first - median) / 1e3,
+        skipped=sum(skipped[bench.warmup : bench.warmup + bench.steps]), losses=losses,
+        parameters=run.model.num_params(), **machine(world, pick_dtype(config.dtype, device)),
+        config=asdict(config), gpt_config=asdict(run.model.config),
+    )  # fmt: skip
+
+
+class Clock:
+    """Marks when a step goes from one part to the next, by what train_step calls there.
+
+    (A forward hook would be compiled into the model.)
+    """
+
+    def __init__(self, run: Run):
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = []  # a part and when it began
+        self.on_cuda = run.world.device.type == "cuda"
+        run.scaler.scale = self.before(run.scaler.scale, "backward")
+        run.world.mean_ = self.before(run.world.mean_, "waiting")
+        for optimizer in run.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.mark("optimizer"))
+
+    def mark(self, part: str) -> None:
+        now = torch.cuda.Event(enable_timing=True) if self.on_cuda else time.perf_counter()
+        if self.on_cuda:
+            now.record()
+        self.marks.append((part, now))
+
+    def before(self, function: Callable, part: str) -> Callable:
+        def marked(*args):
+            self.mark(part)
+            return function(*args)
+
+        return marked
+
+    def timed(self, batches: Iterator) -> Iterator:
+        while True:
+            self.mark("data")
+            batch = next(batches)
+            self.mark("forward")
+            yield batch
+
+    def parts(self) -> dict[str, float]:
+        """The ms of each part, from the first mark to the last; the device must be done with all of them."""
+        ms = dict.fromkeys(("data", "forward", "backward", "waiting", "optimizer"), 0.0)
+        for (part, begin), (_, end) in pairwise(self.marks):
+            ms[part] += begin.elapsed_time(end) if self.on_cuda else 1e3 * (end - begin)
+        return ms
+
+
+def compare(bench: BenchConfig, args: list[str]) -> dict:
+    """Measure these options on this code (a) and the others on the other code (b), in turn, each in a process of its
+    own: b's time over a's in each round, their median, and all results. Raises UserError."""
+    if under_torchrun():
+        raise UserError("compare and against start processes of their own: use --processes=N in place of torchrun")
+    mine = [arg for arg in args if not arg.startswith(("--compare=", "--against=", "--rounds=", "--processes="))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={bench.processes}"]
+    results: dict[str, list[dict]] = {"a": [], "b": []}
+    with tempfile.TemporaryDirectory() as folder:
+        code = HERE
+        if bench.compare:
+            archive, code = Path(folder, "code.tar"), Path(folder, "code")
+            done(["git", "-C", str(HERE), "archive", f"--output={archive}", bench.compare])
+            shutil.unpack_archive(archive, code)
+            if not (code / "bench.py").exists():
+                shutil.copy(__file__, code)
+        for number in range(1, bench.rounds + 1):
+            for name, where, options in (("a", HERE, mine), ("b", code, other(mine, bench.against or ""))):
+                command = [sys.executable, *(torchrun if bench.processes else []), str(where / "bench.py"), *options]
+                results[name].append(json.loads(done(command).splitlines()[-1]))
+                print(f"round {number} {name}: {results[name][-1]['ms']:10.2f} ms a step", flush=True)
+    ratios = [b["ms"] / a["ms"] for a, b in zip(*results.values(), strict=True)]
+    print(f"a is {statistics.median(ratios):.3f} x as fast as b ({min(ratios):.3f} to {max(ratios):.3f})")
+    return dict(ratio=statistics.median(ratios), ratios=ratios, **results)
+
+
+def other(args: list[str], against: str) -> list[str]:
+    """['x.py', '--a=1'], 'y.py --b=2' -> ['--a=1', 'y.py', '--b=2']; without a file, x.py stays."""
+    theirs = shlex.split(against)
+    replaced = any(not arg.startswith("-") for arg in theirs)
+    return [arg for arg in args if arg.startswith("-") or not replaced] + theirs
+
+
+def done(command: list[str]) -> str:
+    """What a command printed. Raises UserError where it fails."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # GIT_DIR: another's
+    ended = subprocess.run(command, capture_output=True, text=True, env=env)
+    if ended.returncode:
+        raise UserError(f"{shlex.join(command)}: {(ended.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return ended.stdout
+
+
+if __name__ == "__main__":
+    cli(main)
