@@ -94,15 +94,16 @@ def build(
     random_data = not os.path.isdir(config.data_dir) and given.get("data_dir") != "--data_dir"
     meta = {} if random_data else read_meta(config.data_dir)
     gpt_config, weights = starting_point({}, config, gpt_config, given, meta)
-    config = fill_in(config, gpt_config, world)
+    config, log = fill_in(config, gpt_config, world), Metrics(config.out_dir, world.is_main)
     check(config, gpt_config, meta, None, world)
     if random_data:
+        log.say(f"{config.data_dir} is not there: measured on random tokens")
         config = replace(config, data_dir=folder)
         ids = min(gpt_config.vocab_size, 1 << 16)
         tokens = np.random.default_rng(0).integers(0, ids, 10 * config.total_batch_size + 1, dtype=np.uint16)
         Path(folder, "random_train_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
     data, _ = open_data(config, gpt_config, meta)
-    plan, log = make_plan(config, len(data), world), Metrics(config.out_dir, world.is_main)
+    plan = make_plan(config, len(data), world)
     return make_run(config, gpt_config, plan, world, log, {}, weights, None, [], meta, {}), data
 
 

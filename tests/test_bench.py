@@ -78,7 +78,9 @@ def test_a_slow_start_is_no_part_of_a_step(data_dir, monkeypatch):
 def test_random_tokens_where_there_is_no_data(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("data_dir = 'data/nowhere'\nvocab_size = 300\nsample_interval = 1\n")
     monkeypatch.chdir(tmp_path)
-    result = result_of(call("bench.py", "mine.py", *FLAGS, "--steps=2"))
+    done = call("bench.py", "mine.py", *FLAGS, "--steps=2")
+    result = result_of(done)
+    assert "data/nowhere is not there" in done.stdout
     assert len(result["losses"]) == 7
     assert all(5 < loss < 6.5 for loss in result["losses"])  # ln 300 = 5.7
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
