@@ -1,0 +1,632 @@
+"""The rows that run.py runs one after the other, each in a process of its own; README.md says what each should be.
+
+A row is a function that gets a Card and returns what to record: `result`, a line for the table; `ok`, whether it is as
+it should be (None: a number without a verdict); and numbers. The list of all, in their order, is at the end.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+
+
+class Skip(Exception):
+    """Why a row cannot be had on this machine."""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    part: str  # right or fast
+    seconds: int  # that it takes on an H100: one that does not fit into what is left is not begun
+    run: Callable[["Card"], dict]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a row may know: the device, the sizes, and where to write."""
+
+    device: str
+    small: bool
+    seconds: float  # until this row is killed
+    text: str | None
+    nanogpt: str | None
+    work: Path  # data and runs, deleted at the end
+    out: Path
+
+    @property
+    def shape(self) -> dict:
+        """GPT-2 124M, or a small one."""
+        small = dict(block_size=64, n_layer=2, n_head=2, n_embd=64, vocab_size=512)
+        return small if self.small else dict(block_size=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50304)
+
+    @property
+    def batches(self) -> tuple[int, int, int]:
+        return (8, 4, 2) if self.small else (64, 32, 16)
+
+    @property
+    def tokens(self) -> int:
+        """In a step whose speed is measured."""
+        return 1024 if self.small else 524288
+
+    @property
+    def compile(self) -> bool:
+        return self.device != "cpu"
+
+    def synchronize(self) -> None:
+        import torch
+
+        getattr(torch, self.device).synchronize()
+
+    def time(self, action: Callable, repeats: int) -> float:
+        """Seconds of an action, the mean after one that is not timed."""
+        action()
+        self.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            action()
+        self.synchronize()
+        return (time.perf_counter() - began) / repeats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+
+def options(**values: object) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def python(*command: object, env: dict | None = None, seconds: float | None = None) -> str:
+    """Run Python on a command line and return what it printed; SIGTERM after so many seconds. Raises RuntimeError."""
+    print("$ python", *command, flush=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, process.terminate)
+    timer.start()
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    timer.cancel()
+    if process.wait():
+        raise RuntimeError(f"{Path(str(command[0])).name}: exit status {process.returncode}: {''.join(lines[-3:])}")
+    return "".join(lines)
+
+
+def last_json(text: str) -> dict:
+    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+
+
+def training(card: Card, name: str, **values: object) -> tuple[Path, list[str]]:
+    """A run's folder and the command line of a short one: four layers of the model, on bytes, every step recorded."""
+    out = card.work / name
+    short = dict(batch_size=8, total_batch_size=32768, learning_rate=1e-3, n_layer=4)
+    if card.small:
+        short = dict(batch_size=4, total_batch_size=512, learning_rate=1e-2)
+    values = dict(
+        data_dir=card.work / "bytes", out_dir=out, device=card.device, compile=card.compile, warmup_steps=5,
+        max_steps=30, log_interval=1, val_interval=0, **card.shape | short,
+    ) | values  # fmt: skip
+    return out, ["train_gpt2.py", *options(**values)]
+
+
+def train(card: Card, name: str, *launcher: str, **values: object) -> Path:
+    out, command = training(card, name, **values)
+    python(*launcher, *command)
+    return out
+
+
+def records(out: Path, kind: str = "train") -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] if record["loss"] is not None else float("nan") for record in records(out)]
+
+
+def difference(a: Path, b: Path) -> float:
+    """The largest between the losses of two runs, step by step."""
+    return max(abs(x - y) for x, y in zip(losses(a), losses(b), strict=True))
+
+
+def checkpoint_of(out: Path) -> dict:
+    import torch
+
+    return torch.load(max(out.glob("ckpt_*.pt")), map_location="cpu", weights_only=True)
+
+
+def bench(card: Card, *args: str, env: dict | None = None, launcher: tuple = (), **values: object) -> dict:
+    """bench.py's numbers for a config file at this card's sizes."""
+    values = dict(
+        device=card.device, compile=card.compile, batch_size=card.batches[0], total_batch_size=card.tokens,
+        steps=6, warmup=2, **card.shape if card.small else {},
+    ) | values  # fmt: skip
+    result = last_json(python(*launcher, "bench.py", *args, *options(**values), env=env))
+    parts = ", ".join(f"{part} {ms:.1f}" for part, ms in result["parts"].items())
+    mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] else ""
+    text = f"{result['tokens_per_sec']:,.0f} tok/s{mfu}, {result['ms']:.1f} ms ({parts}), "
+    text += f"{result['peak_memory_gb']:.1f} GB, {result['setup_seconds']:.0f} s to start"
+    if result["skipped"]:
+        text += f", {result['skipped']} updates SKIPPED"
+    return dict(ok=None, result=text, bench=result)
+
+
+def has(name: str) -> bool:
+    """Whether there is such an option."""
+    from model import GPTConfig
+    from train_gpt2 import TrainConfig
+
+    return any(field.name == name for config in (TrainConfig, GPTConfig) for field in dataclasses.fields(config))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right
+
+
+def machine(card: Card) -> dict:
+    """What it is, and its two ceilings: a large matrix product in bf16, and a copy."""
+    import torch
+
+    from distributed import git_commit, hardware
+
+    n, size = (256, 1 << 20) if card.small else (8192, 1 << 31)
+    a, b = (torch.randn(n, n, device=card.device, dtype=torch.bfloat16) for _ in "ab")
+    source = torch.ones(size, device=card.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    tflops = 2 * n**3 / card.time(lambda: a @ b, 10) / 1e12
+    tb = 2 * size / card.time(lambda: target.copy_(source), 10) / 1e12
+    about = dict(
+        hardware=hardware(torch.device(card.device))[0], torch=torch.__version__, python=sys.version.split()[0],
+        commit=git_commit(), cores=os.cpu_count(), cudnn=torch.backends.cudnn.version(),
+    )  # fmt: skip
+    if shutil.which("nvidia-smi") and card.device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+        about["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    text = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
+    return dict(ok=None, result=f"{text}; {tflops:.0f} TFLOP/s, copies {tb:.2f} TB/s", tflops=tflops, tb_s=tb, **about)
+
+
+def parity(card: Card, dtype: str) -> dict:
+    """Logits, loss and gradients next to transformers', for the same random weights: GPT-2, and a Llama.
+
+    In bfloat16 (autocast, as in training) both are compared with transformers in float32.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise Skip("transformers is not installed")
+    import torch
+
+    ok, text, numbers = True, [], {}
+    for name, flags in (("gpt2", {}), ("llama", dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False))):
+        ours, theirs, exact = parity_outputs(card, flags, getattr(torch, dtype))
+        for what in ("logits", "loss", "gradients"):
+            error = relative(ours[what], exact[what])
+            numbers[f"{name}_{what}"] = error
+            limit = 1e-4
+            if dtype == "bfloat16":
+                numbers[f"{name}_{what}_transformers"] = relative(theirs[what], exact[what])
+                limit = 1.5 * numbers[f"{name}_{what}_transformers"] + 1e-3
+            ok &= error <= limit
+            text.append(f"{name} {what} {error:.1e}" + (f" of {limit:.1e}" if dtype == "bfloat16" else ""))
+    return dict(ok=ok, result="relative errors: " + ", ".join(text), **numbers)
+
+
+def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
+    """Of ours and of transformers', both in dtype, and of transformers' in float32: logits, loss, gradients."""
+    import torch
+    import transformers
+
+    from huggingface import layout, save_folder, stack
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    config = GPTConfig(**card.shape | flags)
+    model = GPT(config)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), device=card.device)
+    folder = card.work / f"hf_{config.pos}_{dtype}"
+    save_folder(model, None, folder, "random weights")
+    model.to(card.device)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
+    places = layout(config)
+    for who, precision in ((model, dtype), (peer, dtype), (peer, torch.float32)):
+        who.zero_grad()
+        with torch.autocast(card.device, precision, enabled=precision != torch.float32):
+            logits = who(tokens) if who is model else who(tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        grads = {name: p.grad for name, p in who.named_parameters()}
+        if who is model:
+            grads = {theirs: stack(theirs, [grads[name] for name in ours]) for theirs, (ours, _) in places.items()}
+        else:
+            grads = {re.sub(r"^(transformer|model)\.", "", name): grad for name, grad in grads.items()}
+        flat = torch.cat([grads[name].flatten() for name in places])
+        yield dict(logits=logits.detach().float(), loss=loss.detach(), gradients=flat)
+
+
+def relative(have, want) -> float:
+    return ((have - want).norm() / want.norm()).item()
+
+
+def nccl_1_rank(card: Card) -> dict:
+    """DDP over NCCL (on a CPU gloo) with compiling: the losses of a run without torchrun."""
+    alone, ranks = train(card, "alone"), train(card, "torchrun", *TORCHRUN)
+    worst = difference(alone, ranks)
+    return dict(ok=worst < 0.02, result=f"losses differ by {worst:.1e} at most in 30 steps", worst=worst)
+
+
+def compiled(card: Card) -> dict:
+    """A compiled run with validation (a ragged last batch), HellaSwag and samples: compiled twice, and never again."""
+    import torch
+
+    T, B = card.shape["block_size"], 4 if card.small else 8
+    often = dict(
+        val_interval=10, val_tokens=T * (B + B // 2), hellaswag_interval=10, sample_interval=10,
+        hellaswag_data=card.work / "hellaswag.jsonl",
+    )  # fmt: skip
+    out, command = training(card, "compiled", compile=True, **often)
+    import train_gpt2
+
+    sys.argv = command
+    torch._logging.set_logs(recompiles=True, graph_breaks=True)
+    if status := train_gpt2.main():
+        raise RuntimeError(f"train_gpt2.py: exit status {status}")
+    counters = torch._dynamo.utils.counters
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    eager = train(card, "eager", compile=False)
+    worst, counts = difference(out, eager), {kind: len(records(out, kind)) for kind in ("val", "hellaswag", "sample")}
+    ok = (graphs, breaks) == (2, 0) and worst < 0.1 and set(counts.values()) == {4}
+    text = f"{graphs} graphs, {breaks} graph breaks; losses differ from eager ones by {worst:.1e} at most; {counts}"
+    return dict(ok=ok, result=text, graphs=graphs, graph_breaks=breaks, worst=worst, **counts)
+
+
+def kill_and_resume(card: Card) -> dict:
+    """SIGKILL in the middle and --resume=True, with --deterministic=True: the bits of a run that was left alone."""
+    import torch
+
+    flags = dict(deterministic=True, max_steps=40, checkpoint_interval=10, val_interval=10)
+    flags |= dict(val_tokens=8 * card.shape["block_size"])
+    straight = train(card, "straight", **flags)
+    killed, command = training(card, "killed", **flags)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    while process.poll() is None and not (killed / "ckpt_000020.pt").exists():
+        time.sleep(0.002)
+    process.kill()
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"the run that was to be killed ended by itself, with {process.returncode}")
+    reached = max(killed.glob("ckpt_*.pt")).name
+    python(*command, "--resume=True")
+    a, b = checkpoint_of(straight), checkpoint_of(killed)
+    different = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
+    same_losses, same_val = losses(straight) == losses(killed), records(straight, "val") == records(killed, "val")
+    text = f"killed after {reached}; {len(different)} of {len(a['model'])} tensors differ at step {b['step']}; "
+    text += f"losses {'equal' if same_losses else 'NOT equal'}, val losses {'equal' if same_val else 'NOT equal'}"
+    return dict(ok=same_losses and same_val and not different, result=text, different=different, reached=reached)
+
+
+def precision(card: Card) -> dict:
+    """float16 with the gradient scaler, and bfloat16, next to float32: the mean of the last ten losses."""
+    means, text = {}, []
+    for dtype in ("float32", "bfloat16", "float16"):
+        out = train(card, dtype, dtype=dtype, compile=False)
+        means[dtype] = sum(losses(out)[-10:]) / 10
+        text.append(f"{dtype} {means[dtype]:.4f}")
+    skipped = sum(event["event"] == "skipped step" for event in records(out, "event"))
+    scale = checkpoint_of(out)["scaler"]["scale"]
+    ok = all(abs(means[dtype] - means["float32"]) < 0.1 for dtype in means) and scale > 0
+    text = f"{', '.join(text)}; float16 scale {scale:.0f}, {skipped} steps skipped"
+    return dict(ok=ok, result=text, scale=scale, skipped=skipped, **means)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast: the first rows are the most telling ones
+
+
+def attention(kind: str) -> tuple[list[str], dict]:
+    """Flags and environment that make SDPA take flash or cudnn."""
+    from train_gpt2 import TrainConfig
+
+    for field in dataclasses.fields(TrainConfig):
+        if "cudnn" in field.name:
+            return options(**{field.name: kind == "cudnn"}), {}
+    return [], dict(TORCH_CUDNN_SDPA_DEPRIORITIZED=str(int(kind == "flash")))
+
+
+def speed(card: Card, kind: str, index: int, **values: object) -> dict:
+    """The training step of GPT-2 124M as published, vocab 50,304, T = 1024, bf16, compiled; at the first size with the
+    kernels that took the most time, and whether attention's is the one that was asked for."""
+    flags, env = attention(kind)
+    trace = card.work / "trace.json"
+    values |= dict(profile=trace) if index == 0 else {}
+    result = bench(card, "config/gpt2_124m.py", *flags, env=env, batch_size=card.batches[index], **values)
+    if index == 0 and card.device == "cuda":
+        times, seen = kernels(trace)
+        result |= dict(kernels=times, attention=seen, ok=seen == kind)
+        result["result"] += f", attention by {seen}"
+    return result
+
+
+def kernels(trace: Path) -> tuple[list, str]:
+    """[(name, ms, calls)] of the 25 that took the most time in a step, and attention's kind."""
+    times: dict[str, list] = {}
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("cat") == "kernel":
+            times.setdefault(event["name"], []).append(event["dur"] / 1e3)
+    names = " ".join(times).lower()
+    seen = "cudnn" if re.search(r"cudnn\w*sdpa", names) else "flash" if "flash_fwd" in names else "another kernel"
+    longest = sorted(times, key=lambda name: -sum(times[name]))[:25]
+    return [(name[:120], round(sum(times[name]), 3), len(times[name])) for name in longest], seen
+
+
+def nanogpt(card: Card) -> dict:
+    """nanoGPT's model in a loop like its own: bf16, compiled, fused AdamW, clipping, the same batch, made once."""
+    if not card.nanogpt:
+        raise Skip("no --nanogpt=DIR")
+    import torch
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(card.nanogpt, "model.py"))
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_float32_matmul_precision("high")
+    model = module.GPT(module.GPTConfig(bias=True, dropout=0.0, **card.shape)).to(card.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), card.device)
+    step_model = torch.compile(model) if card.compile else model
+    B, T = card.batches[0], card.shape["block_size"]
+    rounds = card.tokens // (B * T)
+    x, y = torch.randint(card.shape["vocab_size"], (2, rounds, B, T), device=card.device)
+    autocast = torch.autocast(card.device, torch.bfloat16) if card.device == "cuda" else contextlib.nullcontext()
+
+    def step() -> None:
+        for i in range(rounds):
+            with autocast:
+                loss = step_model(x[i], y[i])[1] / rounds
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    step()
+    rate = card.tokens / card.time(step, 6)
+    result = dict(ok=None, result=f"{rate:,.0f} tok/s", tokens_per_sec=rate)
+    measured = json.loads((card.out / "results.json").read_text())
+    ours = [r["bench"]["tokens_per_sec"] for r in measured if r["name"].startswith("speed_64_") and "bench" in r]
+    if ours:
+        result |= dict(ratio=max(ours) / rate, ok=max(ours) / rate >= 1.1)
+        result["result"] += f"; ours is {max(ours) / rate:.2f} x as fast"
+    return result
+
+
+def report_c(card: Card) -> dict:
+    """config/shakespeare_124m.py in full: GPT-2 124M until a step's loss is below 0.09."""
+    data, what = word_data(card)
+    out = card.work / "shakespeare"
+    values = dict(data_dir=data, out_dir=out, device=card.device, compile=card.compile, checkpoint_interval=0)
+    values |= dict(log_interval=1, vocab_size=50257) | ({} if "GPT-2" in what else dict(sample_interval=0))
+    if card.small:
+        values |= dict(n_layer=2, n_head=2, n_embd=64, batch_size=4, total_batch_size=512, max_steps=150)
+        values |= dict(target_loss=6.5, warmup_steps=10, learning_rate=1e-2)
+    began = time.perf_counter()
+    python("train_gpt2.py", "config/shakespeare_124m.py", *options(**values), seconds=card.seconds - 15)
+    seconds = time.perf_counter() - began
+    steps, vals = records(out), records(out, "val")
+    last, target = steps[-1], records(out, "run")[0]["config"]["target_loss"]
+    ms = sorted(step["dt"] * 1e3 for step in steps)[len(steps) // 2]
+    text = f"loss {last['loss']:.4f} at step {last['step']:,} after {seconds:.0f} s, {ms:.1f} ms a step; val loss "
+    text += f"{min(val['val_loss'] for val in vals):.4f} at best, {vals[-1]['val_loss']:.4f} at the end; {what}"
+    every = {step["step"]: step["loss"] for step in steps if step["step"] % 100 == 0}
+    return dict(ok=last["loss"] < target, result=text, step=last["step"], seconds_to_target=seconds, losses=every)
+
+
+def word_data(card: Card) -> tuple[Path, str]:
+    """Shards of the text in GPT-2's tokens, the last tenth for validation, and what they are. Where GPT-2's tokenizer
+    cannot be had without a network, every word is a token: about as many, of about as many kinds."""
+    import numpy as np
+
+    from configurator import UserError
+    from tokenizer import get_tokenizer
+
+    text, kind = text_of(card)[:1115394], "GPT-2 tokens"
+    try:
+        ids = get_tokenizer("gpt2").encode_ordinary(text)
+    except UserError:
+        words: dict[str, int] = {}
+        ids = [words.setdefault(w, len(words)) % 50257 for w in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
+        kind = "words (GPT-2's tokenizer is not here)"
+    cut = len(ids) * 9 // 10
+    folder = card.work / "words"
+    write_shards(folder, np.array(ids[:cut]), np.array(ids[cut:]))
+    source = Path(card.text).name if card.text else "Python's standard library"
+    return folder, f"{source}, {cut:,} {kind} to train on"
+
+
+def optimizers(card: Card) -> dict:
+    """ms of a step's update of all 124M parameters, and launching it."""
+    small = dict(batch_size=card.batches[2] // 2, total_batch_size=card.batches[2] // 2 * card.shape["block_size"])
+    numbers = {}
+    for name in ("adamw", "muon", "adafactor"):
+        result = bench(card, "config/gpt2_124m.py", optimizer=name, compile=False, steps=10, **small)["bench"]
+        numbers[name] = result["parts"]["optimizer"]
+    return dict(ok=None, result=", ".join(f"{name} {ms:.2f} ms" for name, ms in numbers.items()), **numbers)
+
+
+def sampling(card: Card) -> dict:
+    """Tokens a second as sample.py makes them, of one text and of 16 at once: the first time, and again."""
+    import torch
+
+    from sample import complete, speed_up
+    from tokenizer import get_tokenizer
+
+    enc, model = get_tokenizer("bytes"), random_model(card)
+    with torch.no_grad():  # the end of a text is never drawn
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[enc.eot_token] = -1.0
+    model = model.to(torch.bfloat16 if card.device == "cuda" else torch.float32).eval()
+    speed_up(model)
+    count = 32 if card.small else 256
+    numbers, text = {}, []
+    for samples in (1, 16):
+        for time_ in ("first", "again"):
+            began = time.perf_counter()
+            made = sum(1 for _ in complete(model, enc, "The ", samples, count)) - 1  # and a last piece
+            rate = samples * made / (time.perf_counter() - began)
+            numbers[f"{samples}_{time_}"] = rate
+            text.append(f"{samples} x {made}: {rate:,.0f} tok/s {time_}")
+    return dict(ok=None, result="; ".join(text), **numbers)
+
+
+def hellaswag_rate(card: Card) -> dict:
+    """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
+    import torch
+
+    import hellaswag
+    from distributed import World, pick_dtype
+    from tokenizer import get_tokenizer
+
+    world, model = World(card.device), random_model(card)
+    T = card.shape["block_size"]
+    examples = hellaswag.load(str(card.work / "hellaswag.jsonl"), get_tokenizer("bytes"), T)
+    dtype = pick_dtype("auto", world.device)
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(card.device, dtype)
+    seconds = card.time(lambda: hellaswag.score(model, examples, card.batches[1] * T, world, autocast), 1)
+    rate = len(examples) / seconds
+    return dict(ok=None, result=f"{rate:,.0f} examples/s: 10,042 in {10042 / rate:.0f} s", examples_per_sec=rate)
+
+
+def random_model(card: Card):
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    return GPT(GPTConfig(**card.shape)).to(card.device)
+
+
+def speed_modern(card: Card) -> dict:
+    """config/gpt2_124m_modern.py: RoPE, SwiGLU, RMSNorm."""
+    return bench(card, "config/gpt2_124m_modern.py")
+
+
+def speed_eager(card: Card) -> dict:
+    """Not compiled."""
+    return bench(card, "config/gpt2_124m.py", compile=False, batch_size=card.batches[2])
+
+
+def speed_vocab_50257(card: Card) -> dict:
+    """The vocabulary as published, which is not a multiple of 128."""
+    return bench(card, "config/gpt2_124m.py", vocab_size=509 if card.small else 50257)
+
+
+def speed_fsdp(card: Card) -> dict:
+    """FSDP on one rank."""
+    if not has("parallel"):
+        raise Skip("TrainConfig has no option parallel")
+    return bench(card, "config/gpt2_124m.py", launcher=TORCHRUN, parallel="fsdp")
+
+
+def speed_switched(card: Card, option: str) -> dict:
+    if not has(option):
+        raise Skip(f"there is no option {option}")
+    return bench(card, "config/gpt2_124m.py", **{option: True})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def text_of(card: Card) -> str:
+    """--text, or 2 MB of this Python's own library."""
+    if card.text:
+        return Path(card.text).read_text(encoding="utf-8")
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(texts[-1])
+        if size > 2e6:
+            break
+    return "".join(texts)
+
+
+def write_shards(folder: Path, train, val, **meta: object) -> None:
+    from shards import shard_header
+
+    folder.mkdir(exist_ok=True)
+    for split, ids in (("train", train), ("val", val)):
+        data = shard_header(len(ids)) + ids.astype("<u2").tobytes()
+        (folder / f"text_{split}_000000.bin").write_bytes(data)
+    if meta:
+        meta |= dict(train_tokens=len(train), val_tokens=len(val))
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def prepare(card: Card) -> None:
+    """The text by bytes, and examples of HellaSwag's form and lengths, a token of which is here a byte."""
+    import numpy as np
+
+    text = text_of(card)
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    cut = len(data) * 9 // 10
+    write_shards(card.work / "bytes", data[:cut], data[cut:], tokenizer="bytes", vocab_size=257)
+    rng, words = random.Random(0), text.split()
+    longest = 24 if card.small else 60
+
+    def piece(size: int) -> str:
+        start = rng.randrange(len(words) - 100)
+        return " ".join(words[start : start + 100]).encode()[:size].decode(errors="ignore") or "x"
+
+    with open(card.work / "hellaswag.jsonl", "w", encoding="utf-8") as file:
+        for number in range(40 if card.small else 2000):
+            endings = [piece(rng.randrange(4, longest // 2)) for _ in range(4)]
+            file.write(json.dumps(dict(ctx=piece(longest), endings=endings, label=number % 4)) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them: the most telling ones of each part first
+
+ROWS = [
+    Row("machine", "right", 15, machine),
+    Row("parity_float32", "right", 40, partial(parity, dtype="float32")),
+    Row("parity_bfloat16", "right", 40, partial(parity, dtype="bfloat16")),
+    Row("nccl_1_rank", "right", 70, nccl_1_rank),
+    Row("compiled", "right", 80, compiled),
+    Row("kill_and_resume", "right", 110, kill_and_resume),
+    Row("precision", "right", 50, precision),
+    Row("speed_64_flash", "fast", 80, partial(speed, kind="flash", index=0)),
+    Row("speed_64_cudnn", "fast", 75, partial(speed, kind="cudnn", index=0)),
+    Row("nanogpt", "fast", 70, nanogpt),
+    Row("report_c", "fast", 200, report_c),
+    Row("optimizers", "fast", 60, optimizers),
+    Row("sampling", "fast", 40, sampling),
+    Row("hellaswag", "fast", 40, hellaswag_rate),
+    Row("speed_32_flash", "fast", 65, partial(speed, kind="flash", index=1)),
+    Row("speed_16_flash", "fast", 60, partial(speed, kind="flash", index=2)),
+    Row("speed_modern", "fast", 80, speed_modern),
+    Row("speed_32_cudnn", "fast", 65, partial(speed, kind="cudnn", index=1)),
+    Row("speed_16_cudnn", "fast", 60, partial(speed, kind="cudnn", index=2)),
+    Row("speed_eager", "fast", 60, speed_eager),
+    Row("speed_vocab_50257", "fast", 65, speed_vocab_50257),
+    Row("speed_fsdp", "fast", 70, speed_fsdp),
+    Row("speed_chunked_loss", "fast", 65, partial(speed_switched, option="chunked_loss")),
+    Row("speed_checkpointing", "fast", 65, partial(speed_switched, option="activation_checkpointing")),
+]
