@@ -1,0 +1,66 @@
+"""records/gpu/run.sh: the command that tries everything on a card, here on a CPU and with its quickest rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import ROOT
+
+ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def start(out, *args):
+    command = ["bash", ROOT / "records/gpu/run.sh", out, "--device=cpu", *args]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def results(out):
+    return {result["name"]: result for result in json.loads((out / "results.json").read_text())}
+
+
+def test_rows_that_work_fail_or_cannot_be_had_are_all_written_down(tmp_path):
+    (tmp_path / "model.py").write_text("raise OSError('no nanoGPT in here')")
+    out = tmp_path / "out"
+    process = start(out, "--only=machine,nanogpt,speed_32_flash", f"--nanogpt={tmp_path}")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    have = results(out)
+    assert list(have) == ["machine", "nanogpt", "speed_32_flash"]
+    assert [result["status"] for result in have.values()] == ["measured", "failed", "measured"]
+    assert "no nanoGPT in here" in have["nanogpt"]["result"]
+    assert have["speed_32_flash"]["bench"]["config"]["batch_size"] == 4
+    assert "tok/s" in have["speed_32_flash"]["result"]
+    table = (out / "results.md").read_text()
+    assert all(f"| {name} | {result['status']} |" in table for name, result in have.items())
+    # Rows that are there stay when others are run, and one that does not fit into the time left is not begun.
+    assert start(out, "--only=machine", "--limit=10").communicate(timeout=60)
+    again = results(out)
+    assert again["machine"] == dict(name="machine", part="right", status="not run", result="10 s were left")
+    assert again["nanogpt"] == have["nanogpt"]
+
+
+def test_a_stop_leaves_what_was_had_and_nothing_that_runs(tmp_path):
+    process = start(tmp_path, "--only=machine,kill_and_resume")
+    while not ((tmp_path / "log.txt").exists() and "step     1/40" in (tmp_path / "log.txt").read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert {name: result["status"] for name, result in results(tmp_path).items()} == dict(
+        machine="measured", kill_and_resume="not run"
+    )
+    time.sleep(0.5)
+    size = (tmp_path / "log.txt").stat().st_size
+    time.sleep(1)
+    assert (tmp_path / "log.txt").stat().st_size == size
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    process = start(tmp_path / "out", "--only=machin")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "no machin" in said
+    assert not (tmp_path / "out").exists()
