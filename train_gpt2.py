@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from configurator import PathStr, UserError, cli, configure
+from configurator import PathStr, UserError, cli, configure, under_torchrun
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
 from distributed import StopRequest, World, hardware, machine, make_deterministic, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
@@ -214,7 +214,8 @@ def main() -> int:
 def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], saved_step: int | None) -> bool:
     """Step by step to the end, or until a signal; whether the run gave up. `saved_step` has its checkpoint already."""
     config, plan, log = run.config, run.plan, run.log
-    logged_step, seconds, stopping, numbers = state.step, 0.0, False, None  # seconds of training since the logged step
+    first_step, logged_step, seconds = state.step + 1, state.step, 0.0  # of training since the logged step
+    stopping, numbers = False, None
     while True:
         # Between two steps: evaluations, a checkpoint, or the end.
         val_loss = None
@@ -237,8 +238,9 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
         state.step += 1
         numbers = train_step(run, state.step, batches)
         loss, norm, _, stopping = numbers
-        step_seconds = time.perf_counter() - began
-        seconds += step_seconds
+        seconds += time.perf_counter() - began
+        if state.step == first_step + 1:  # the first one compiles
+            warn_of_long_steps(log, time.perf_counter() - began)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state.skipped = 0 if finite else state.skipped + 1
         if not finite:
@@ -252,6 +254,15 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
         if state.step == 1 or due(state, config.log_interval) or finished(state, plan):
             log_step(run, state.step, numbers, seconds / (state.step - logged_step))
             logged_step, seconds = state.step, 0.0
+
+
+def warn_of_long_steps(log: Metrics, seconds: float) -> None:
+    """Say in time that torchrun would kill this run before it can stop in order."""
+    if under_torchrun() and seconds > 20:  # saving takes time too
+        log.say(
+            f"a step takes {seconds:.0f} s, but torchrun kills what has not ended 30 s after a signal: start it with "
+            f"torchrun --shutdown-timeout={120 + 2 * round(seconds)}, or a stopped run is not saved"
+        )
 
 
 def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float, bool]:
