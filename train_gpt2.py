@@ -30,7 +30,7 @@ from torch import Tensor
 
 import checkpoint
 from configurator import UserError, cli, configure
-from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
+from dataloader import DataGuard, Windows, data_tokenizer, read_meta, train_batches, val_batches
 from distributed import World, hardware, pick_dtype
 from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 from model import GPT, GPTConfig
@@ -172,8 +172,8 @@ def main() -> int:
     vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
     train = Windows(config.data_dir, "train", T, vocab_size)
     val = Windows(config.data_dir, "val", T, vocab_size) if config.val_interval else None
-    data_then = saved["data"] if saved else {}
-    data = world.agree(lambda: same_data(config.data_dir, train, val, data_then))
+    guard = DataGuard(config.data_dir, ["train", "val"] if val else ["train"], meta, saved["data"] if saved else {})
+    world.agree(guard.check)
     if val and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if config.total_batch_size % one_round:
@@ -269,7 +269,8 @@ def main() -> int:
     else:
         record(
             "run", config=dataclasses.asdict(config), gpt_config=dataclasses.asdict(gpt_config),
-            parameters=model.num_params(), max_steps=max_steps, data=meta, **about,
+            parameters=model.num_params(), max_steps=max_steps, **about,
+            data={name: value for name, value in meta.items() if name != "shards"},
         )  # fmt: skip
     say(f"model: {model.num_params():,} parameters, on {world.size} x {card} in {dtype}")
     say(f"data: {len(train):,} windows of {T} tokens in {config.data_dir}; {max_steps * rows / len(train):.2f} epochs")
@@ -305,7 +306,7 @@ def main() -> int:
         state = {
             "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(), "step": step, "best": best, "skipped": skipped, "stopped": stopping,
-            "target_reached": target_reached, "data": data, "gpt_config": dataclasses.asdict(gpt_config),
+            "target_reached": target_reached, "data": guard.record, "gpt_config": dataclasses.asdict(gpt_config),
             "config": dataclasses.asdict(config), "tokenizer": tokenizer,
         }  # fmt: skip
         try:
@@ -364,6 +365,8 @@ def main() -> int:
         best_before = best
         if regular and due["val"] and not stopping and val_loss < best["val_loss"]:  # the best of those saved
             best = {"step": step, "val_loss": val_loss}
+        if step != saved_step and (regular or stopping):
+            world.agree(guard.check)
         if done and not stopping:
             record("event", event="done", step=step, target_reached=target_reached)
         elif stopping:
@@ -419,6 +422,8 @@ def main() -> int:
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         seconds += time.perf_counter() - began
+        if world.is_main:
+            guard.start_reading()
 
         skipped = 0 if finite else skipped + 1
         if skipped:
