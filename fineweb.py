@@ -412,10 +412,8 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
     done = path is not None and path.name == "meta.json"
     if path is None and shards:
         raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
-    if not shards:  # nothing can be lost
-        if done:
-            print(f"{out_dir} has a meta.json, but its shards are gone: they are made again")
-        return None, False
+    if not shards and not done:
+        return None, False  # an earlier run made no shard, so nothing is lost
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
         counts = progress if done else progress["counts"]
@@ -432,7 +430,7 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
         advice = f"choose another --out_dir, or delete {out_dir}"
         raise UserError(f"{path} is damaged, or made by another or an older program: {advice}") from None
     if done and not is_whole(out_dir, counts):
-        print(f"{out_dir} has a meta.json, but some of its shards are gone or cut: all are made again")
+        print(f"{out_dir} has a meta.json, but shards are gone or cut: all are made again")
         return None, False
     if not done:
         check_made(out_dir, made, counts)

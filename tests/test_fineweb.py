@@ -551,6 +551,9 @@ def test_shards_made_again_are_those_of_the_source_alone(tmp_path, small, monkey
         patch.setattr(Path, "unlink", raise_killed)
         with pytest.raises(Killed):
             prepare(tmp_path / "out", **options)
+    killed(monkeypatch, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="not finished"):
+        read_meta(str(tmp_path / "out"))
     prepare(tmp_path / "out", **options)
     prepare(tmp_path / "straight" / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight" / "out")
