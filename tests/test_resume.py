@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import checkpoint
 import distributed
 import train_gpt2
 from configurator import TORCHRUN
+from dataloader import DataGuard
 from metrics import Metrics, read_metrics
 
 FLAGS = [
@@ -543,6 +545,86 @@ def test_the_same_data_elsewhere_is_the_same(own_data, data_dir, tmp_path):
     done = train(own_data, out, *TRAIN, "--max_steps=4", "--resume=True")
     assert (done.returncode, "no such folder" in done.stderr) == (2, True)
     assert train(data_dir, out, *TRAIN, "--max_steps=4", "--resume=True").returncode == 0
+
+
+def with_checksums(folder):
+    """The data as fineweb.py leaves it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shards = {"train": {}, "val": {}}
+    for path in folder.glob("*.bin"):
+        tokens = path.read_bytes()[1024:]
+        shards["val" if "_val_" in path.name else "train"][path.name] = [len(tokens) // 2, zlib.crc32(tokens)]
+    (folder / "meta.json").write_text(json.dumps({**meta, "shards": shards}))
+    return folder
+
+
+def test_data_copied_without_its_times_is_the_same_where_checksums_are_known(own_data, tmp_path):
+    out = tmp_path / "run"
+    assert train(with_checksums(own_data), out, *TRAIN, "--max_steps=2").returncode == 0
+    for path in own_data.iterdir():
+        os.utime(path)
+    assert train(own_data, out, *TRAIN, "--max_steps=4", "--resume=True").returncode == 0
+    (run_record,) = metrics(out, "run")
+    assert "shards" not in run_record["data"]  # thousands of names, in a line for eyes
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("how", ["zeros", "touched", "gone", "new"])
+def test_data_that_changes_during_a_run(own_data, tmp_path, monkeypatch, how, checksums):
+    """The run ends, the last good checkpoint is kept, and with the data restored it goes on."""
+    if checksums:
+        with_checksums(own_data)
+    flags = [*TRAIN, "--max_steps=6", "--checkpoint_interval=2"]
+    assert train(own_data, tmp_path / "straight", *flags).returncode == 0
+    shutil.copytree(own_data, tmp_path / "kept")
+    path, out, save = own_data / "tiny_train_000002.bin", tmp_path / "run", checkpoint.save
+
+    def save_then_change(*args):
+        saved = save(*args)
+        if how == "zeros":
+            with open(path, "r+b") as file:
+                file.seek(1024)
+                file.write(bytes(path.stat().st_size - 1024))
+        elif how == "gone":
+            path.unlink()
+        elif how == "new":
+            write_shard(own_data / "tiny_train_000003.bin", range(200))
+        if how != "gone":
+            later = path.stat().st_mtime_ns + (0 if how == "new" else 10**9)
+            os.utime(path, ns=(later, later))
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_then_change)
+        done = train(own_data, out, *flags)
+    if checksums and how == "touched":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "tiny_train_00000" in done.stderr
+        assert [path.name for path in out.glob("ckpt_*.pt")] == ["ckpt_000002.pt"]
+        shutil.rmtree(own_data)
+        shutil.copytree(tmp_path / "kept", own_data)
+        out = shutil.copytree(out, tmp_path / "again")  # the lock of the other is this process's until it ends
+        assert train(own_data, out, *flags, "--resume=True").returncode == 0
+    assert records(out) == records(tmp_path / "straight")
+
+
+def test_a_damaged_shard_whose_size_and_time_are_as_they_were(own_data, tmp_path, monkeypatch):
+    """Found by its checksum, in the background, behind the first step; no checkpoint of it is written."""
+    path, status = own_data / "tiny_train_000002.bin", (own_data / "tiny_train_000002.bin").stat()
+    with_checksums(own_data)
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    start_reading = DataGuard.start_reading
+    monkeypatch.setattr(DataGuard, "start_reading", lambda guard: start_reading(guard) or guard.reader.join())
+    done = train(own_data, tmp_path / "run", *TRAIN, "--max_steps=3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "tiny_train_000002.bin" in done.stderr
+    assert not list((tmp_path / "run").glob("ckpt_*.pt"))
+    assert len(metrics(tmp_path / "run", "train")) == 3
 
 
 def test_a_missing_shard_is_noticed_at_the_start(own_data, tmp_path):
