@@ -7,7 +7,6 @@ The run goes to out_dir: metrics.jsonl and ckpt_<step>.pt. A stopped run goes on
 """
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import math
@@ -140,8 +139,7 @@ def main() -> int:
     saved, weights, changed = None, None, {}
     if resume_path:
         saved = checkpoint.load(resume_path)
-        if missing := {"config", "optimizers", "scaler", "data"} - saved.keys():
-            raise UserError(f"{resume_path}: has no {', '.join(missing)} to go on from; use it with --init_from")
+        checkpoint.check_run(saved, resume_path)
         worked_out = {name for name in ("seq_len", "total_batch_size") if getattr(config, name) is None}  # at the start
         now = {name: f"--{name}" for name in ("out_dir", "resume", "device")} | given
         now = {name: where for name, where in now.items() if name not in worked_out}
@@ -158,7 +156,7 @@ def main() -> int:
     elif config.init_from != "scratch":
         from huggingface import starting_weights  # tokenizers take a while to import
 
-        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, meta.get("vocab_size", 0))
+        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, config.data_dir, meta)
     elif meta and "vocab_size" not in given:
         gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
     tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
@@ -220,7 +218,7 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
     if weights:
-        model.load_state_dict(weights)
+        checkpoint.load_weights(model, weights, resume_path or config.init_from)
     model.to(device)
     params = list(model.parameters())
     dtype = pick_dtype(config.dtype, device)
@@ -231,13 +229,9 @@ def main() -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, saved_step, best, skipped = 0, 0, {"step": None, "val_loss": math.inf}, 0
     if saved:
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(state) if device.type == "cpu" else state)  # else it is no copy
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+        checkpoint.restore(saved, resume_path, model, optimizers, scaler)
         step, best, skipped = saved["step"], saved["best"], saved["skipped"]
         saved_step = None if saved["stopped"] else step  # where a signal came, the evaluations are still to be made
-        del state
     del saved, weights  # and with them the file, which stays on disk for as long as anything is mapped to it
     if config.compile:
         model.compile()
