@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, check
+from distributed import World
 from files import remove_partial, whole_file
+from metrics import Metrics, read_metrics
 from model import GPT, GPTConfig
 
 # What makes it a model that can speak, a run that can go on, and parts of that; each with its types.
@@ -92,6 +94,20 @@ def load(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+def load_run(path: Path) -> dict:
+    """The same of a checkpoint that a run can go on from, and its path. Raises UserError for one that only holds a
+    model, or that no run has written, as far as types and sizes say it."""
+    saved = load(path)
+    if missing := GOES_ON.keys() - saved.keys():
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
+    check_types(saved, GOES_ON, f"{path}:")
+    check_types(saved["best"], BEST, f"{path}: best")
+    if saved["scaler"]:
+        check_types(saved["scaler"], SCALER, f"{path}: scaler")
+    gpt_config(saved, path)
+    return saved | {"path": path}
+
+
 def newest_whole(out_dir: str) -> Path | None:
     """The newest whole checkpoint; None where there is no checkpoint at all. Raises UserError where none is whole."""
     paths = find(out_dir)
@@ -103,6 +119,72 @@ def newest_whole(out_dir: str) -> Path | None:
     if paths:
         raise UserError(f"{out_dir}: no whole checkpoint among {len(paths)}; restore one, or start in another out_dir")
     return None
+
+
+def find_run(config: Any, given: dict, world: World, log: Metrics) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from and what it holds; (None, {}) for a run from the start.
+
+    A run that died before its first checkpoint left its record: then (None, that run's options). Raises UserError
+    rather than start over a run that is there, or start one that the user did not describe.
+    """
+
+    def look() -> tuple[Path | None, dict]:
+        begun = log.lock()
+        records = read_metrics(log.path) if begun else []
+        restarted = world.restarts > 0 and any(record.get("launch") == world.launch for record in records)
+        if not config.resume and not restarted:  # torchrun restarts what this very launch began
+            if find(config.out_dir) or (begun and log.path.stat().st_size):
+                raise UserError(
+                    f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another"
+                )
+            return None, {}
+        path = newest_whole(config.out_dir)
+        record = next((record for record in records if record["kind"] == "run"), {})
+        options = {name: record[name] for name in ("config", "gpt_config") if isinstance(record.get(name), dict)}
+        if path:
+            return path, {}
+        if len(options) == 2:
+            log.say(f"{config.out_dir} has no checkpoint: starting again at step 0 with this run's options")
+            return None, options
+        if not given.keys() - {"out_dir", "resume"}:
+            raise UserError(
+                f"out_dir {config.out_dir} holds no run to go on with; check its name, or say what to train"
+            )
+        if not log.path.parent.is_dir():
+            log.say(f"{config.out_dir} does not exist: this is a fresh start")
+        return None, {}
+
+    path, options = world.agree(look)
+    return path, load_run(path) if path else options
+
+
+def resume_options(
+    saved: dict,
+    config: Any,
+    gpt_config: GPTConfig,
+    given: dict[str, str],
+    may_change: Collection[str],
+    path: Path | None,
+) -> tuple[Any, GPTConfig, dict]:
+    """The two configs to go on with: the saved values, and of those given now the ones that may change; and what of it
+    differs, {name: [saved, now]}. Without saved ones: as asked.
+
+    `given` says where each was set. Raises UserError where a value was given that would make it another run.
+    """
+    if not saved:
+        return config, gpt_config, {}
+    where = path or Path(config.out_dir, "metrics.jsonl")
+    found_at_start = {name for name in ("seq_len", "total_batch_size") if getattr(config, name) is None}
+    given = {"out_dir": "--out_dir", "resume": "--resume"} | given
+    given = {name: source for name, source in given.items() if name not in found_at_start}
+    config = as_it_was(saved["config"], config, given, may_change, where)
+    gpt_config = as_it_was(saved["gpt_config"], gpt_config, given, (), where)
+    changed = {
+        name: [saved["config"].get(name), value]
+        for name, value in dataclasses.asdict(config).items()
+        if value != saved["config"].get(name) and name not in ("out_dir", "resume")
+    }
+    return config, gpt_config, changed
 
 
 def as_it_was(saved: dict, asked: Any, given: dict[str, str], may_change: Collection[str], path: Path) -> Any:
@@ -149,17 +231,6 @@ def check_size(config: GPTConfig, tensors: int, size: int, where: str) -> None:
         )
 
 
-def check_run(state: dict, path: Path) -> None:
-    """Raises UserError where a whole checkpoint is none that a run can go on from, as far as types say it."""
-    if missing := GOES_ON.keys() - state.keys():
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
-    check_types(state, GOES_ON, f"{path}:")
-    check_types(state["best"], BEST, f"{path}: best")
-    if state["scaler"]:
-        check_types(state["scaler"], SCALER, f"{path}: scaler")
-    gpt_config(state, path)
-
-
 def check_types(values: dict, types: dict[str, tuple], where: str) -> None:
     for name, allowed in types.items():
         if type(values.get(name)) not in allowed:
@@ -175,15 +246,13 @@ def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assig
         model.lm_head.weight = model.wte.weight
 
 
-def restore(
-    saved: dict, path: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> None:
+def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
     """Give the model's optimizers and the scaler the state they had: copies, so that the file need not stay mapped.
 
     Their settings (betas, weight decay, ...) stay as they are: they follow from the run's options. Raises UserError,
     naming the tensor, where one is not what such an optimizer has: fused code would read and write past its end.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    path, names = saved["path"], {p: name for name, p in model.named_parameters()}
     states = [part.get("state") if isinstance(part, dict) else None for part in saved["optimizers"]]
     if len(states) != len(optimizers) or not all(isinstance(state, dict) for state in states):
         raise UserError(f"{path}: its optimizers are not the {len(optimizers)} of this run")

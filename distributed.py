@@ -1,9 +1,12 @@
 """One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
 import os
+import platform
 import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from configurator import UserError
+from configurator import TORCHRUN, UserError, under_torchrun
 
 # Dense tensor-core peak in FLOP/s by the name that torch reports, from NVIDIA's data sheets: bf16, on V100 and T4 fp16.
 PEAK_FLOPS = {
@@ -44,35 +47,58 @@ TIMEOUT = timedelta(minutes=15)  # how long a process waits for the others: comp
 class World:
     """This process among `size`: its `rank` and `device`. Started by torchrun, or alone."""
 
-    def __init__(self, device: str = "auto"):
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, device: str | None = "auto"):
+        """Join the group; `device` as in `use`, or None where that follows later.
+
+        Raises UserError where torchrun's environment is there only in part.
+        """
+        found = [name for name in TORCHRUN[:3] if name in os.environ]  # an address alone, as a job script sets, is fine
+        if found and not under_torchrun():
+            missing = [name for name in TORCHRUN if name not in os.environ]
+            raise UserError(
+                f"{found[0]} is set, but not {', '.join(missing)}: start with torchrun, or unset {' '.join(found)}"
+            )
+        try:
+            self.rank, self.local_rank, self.size = (
+                int(os.environ.get(name, alone)) for name, alone in zip(TORCHRUN[:3], (0, 0, 1), strict=True)
+            )
+        except ValueError as error:
+            raise UserError(f"{', '.join(TORCHRUN[:3])} must be numbers, as torchrun sets them: {error}") from None
         self.is_main = self.rank == 0  # the one that prints and writes
-        self.device = pick_device(device, local_rank)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         # torchrun makes a folder for each launch, whose name tells a group that was restarted from another run's.
         folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self.launch = Path(folder).parent.parent.parent.name if folder else None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
-        if "RANK" in os.environ:
+        if under_torchrun():
             # Restarted processes get the store of those before, and would try to reach them under their old addresses.
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             store = dist.PrefixStore(f"restart {self.restarts} of {size}", store)
             # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        if device is not None:
+            self.use(device)
 
-    def wrap(self, model: nn.Module, *example: Tensor) -> nn.Module:
-        """The model whose backward averages gradients over all ranks. `example` are inputs that give a loss."""
-        if not dist.is_initialized():
-            return model
-        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # DDP regroups its buckets after the first backward pass, and with them the order in which ranks are summed.
-        # That pass is thrown away: otherwise a resumed run would differ from a straight one in the last bits.
-        wrapped(*example).backward()
-        model.zero_grad(set_to_none=True)
+    def use(self, device: str) -> None:
+        """Choose this process's device: 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
+        self.device = pick_device(device, self.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def wrap(self, model: nn.Module, *example: Tensor, warm_up: bool = False) -> nn.Module:
+        """The model whose backward averages gradients over all ranks. `example` are inputs that give a loss.
+
+        warm_up: run one forward and backward pass now, so that what fails to compile fails here.
+        """
+        wrapped = model
+        if dist.is_initialized():
+            wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # DDP regroups its buckets after the first backward pass, and with them the order in which ranks are summed.
+            # That pass is thrown away: otherwise a resumed run would differ from a straight one in the last bits.
+            warm_up = True
+        if warm_up:
+            wrapped(*example).backward()
+            model.zero_grad(set_to_none=True)
         return wrapped
 
     def sync_gradients(self, wrapped: nn.Module, on: bool) -> None:
@@ -114,6 +140,31 @@ class World:
             dist.destroy_process_group()
 
 
+class StopRequest:
+    """Whether this process was asked to end its run: true from the first signal on, or from the death of the torchrun
+    that started it, which leaves its processes behind. `reason` is the signal's name, or says that torchrun is gone."""
+
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU")  # a terminal lost, a scheduler's warning
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.parent = os.getppid() if under_torchrun() else None
+        for name in self.SIGNALS:
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _: object) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # the next Ctrl-C ends it at once, whatever is going on
+
+    def __bool__(self) -> bool:
+        if self.parent not in (None, os.getppid()):
+            self.reason = self.reason or "torchrun is gone"
+        return self.reason is not None
+
+
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> a torch.device; a plain 'cuda' is this process's own card."""
     if device == "auto":
@@ -144,3 +195,34 @@ def hardware(device: torch.device) -> tuple[str, float | None]:
     """The device's name and its peak FLOP/s; None for one that is not in the table above: a guess would mislead."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name, PEAK_FLOPS.get(name)
+
+
+def make_deterministic(device: torch.device, on_gpus: bool) -> None:
+    """Let the same step give the same bits: on a CPU always, on a GPU where asked for, as it is slower there."""
+    if device.type == "cpu":
+        torch.set_deterministic_debug_mode("error")  # compiled code would add up threads' results in any order
+    elif on_gpus:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+        torch.use_deterministic_algorithms(True)  # the same, and the compiler chooses no kernel by its speed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
+
+
+def machine(world: World, dtype: torch.dtype) -> dict:
+    """What a run records of where, when and with which code it runs."""
+    return dict(
+        commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+        hardware=hardware(world.device)[0], world_size=world.size, dtype=str(dtype).removeprefix("torch."),
+        launch=world.launch, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    )  # fmt: skip
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with + behind it where files differ; None outside of a git checkout."""
+    here = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # GIT_DIR: another's
+    try:
+        commit = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, env=env)
+        changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, env=env)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout else "")

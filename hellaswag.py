@@ -160,7 +160,7 @@ def score(
     Draws no random numbers, leaves the model's train or eval mode as it was and its compiled forward alone.
     """
     losses = ending_losses(model, examples, max_tokens, world, autocast, progress, stop)
-    if world.sum([len(stop)])[0]:
+    if world.sum([bool(stop)])[0]:
         return None
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
     labels = np.array([example.label for example in examples])

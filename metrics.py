@@ -18,8 +18,9 @@ from files import lock_folder, remove_partial, whole_file
 class Metrics:
     """out_dir/metrics.jsonl, in a folder with one writer: `lock`, then `begin`, then `write` and `sync`."""
 
-    def __init__(self, out_dir: str):
-        self.path = Path(out_dir, "metrics.jsonl")
+    def __init__(self, out_dir: str, is_main: bool = True):
+        """`is_main`: of several processes, whether this is the one that writes and speaks; the others do neither."""
+        self.path, self.is_main = Path(out_dir, "metrics.jsonl"), is_main
         self.file, self.mirror, self.lock_handle, self.begun = None, None, None, False
         self.unwritten, self.failing = b"", False
 
@@ -28,12 +29,12 @@ class Metrics:
 
         A folder that does not exist is not made. Raises UserError where another process writes it: a run that goes on.
         """
-        if not self.path.parent.is_dir():
-            return False
         try:
+            if not self.path.parent.is_dir():
+                return False
             self.lock_handle = lock_folder(self.path.parent)
         except OSError as error:
-            raise UserError(f"out_dir {self.path.parent} cannot be read: {error.strerror}") from None
+            raise UserError(f"out_dir {self.path.parent} cannot be written: {error.strerror}") from None
         self.begun = self.path.exists()
         return self.begun
 
@@ -71,6 +72,8 @@ class Metrics:
 
     def write(self, kind: str, **values: object) -> None:
         """One record. Numbers that are not finite become null: JSON has no NaN."""
+        if not self.is_main:
+            return
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
@@ -103,12 +106,22 @@ class Metrics:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         os.fsync(self.file.fileno())
 
+    def say(self, text: str) -> None:
+        """One line or more for the terminal."""
+        if self.is_main:
+            print(text, flush=True)
+
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
         if self.mirror:
             self.show(self.mirror.close)
+        self.__del__()
+
+    def __del__(self):  # an error on the way to `close` gives the folder free too
         if self.lock_handle is not None:
             os.close(self.lock_handle)
+            self.lock_handle = None
 
 
 def installed(package: str) -> bool:

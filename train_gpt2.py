@@ -6,32 +6,30 @@
 The run goes to out_dir: metrics.jsonl and ckpt_<step>.pt. A stopped run goes on with --resume=True.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
 import contextlib
-import dataclasses
 import gc
 import math
-import os
-import platform
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
-from configurator import UserError, cli, configure
+from configurator import PathStr, UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
-from distributed import World, hardware, pick_dtype
-from metrics import Metrics, bits_per_byte, read_metrics, word_loss
+from distributed import StopRequest, World, hardware, machine, make_deterministic, pick_dtype
+from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 
@@ -41,9 +39,9 @@ class TrainConfig:
     """A training run. The defaults pretrain GPT-2 124M on FineWeb-Edu."""
 
     # files
-    out_dir: str = "out/gpt2_124m"  # where the run goes
-    data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py
-    init_from: str = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
+    out_dir: PathStr = "out/gpt2_124m"  # where the run goes
+    data_dir: PathStr = "data/fineweb_edu10B"  # token shards, made by fineweb.py
+    init_from: PathStr = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
     resume: bool = False  # go on from the newest checkpoint in out_dir, with its options; start afresh without one
     # machine
     seed: int = 1337  # of the initial weights, the data order and dropout
@@ -77,7 +75,7 @@ class TrainConfig:
     val_interval: int = 250  # steps between evaluations
     val_tokens: int = 10485760  # the first so many tokens of the val split
     hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, 10,042 examples
-    hellaswag_data: str | None = None  # a .jsonl of examples; None: the validation set, downloaded once
+    hellaswag_data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     sample_interval: int = 0  # steps between samples
     sample_start: str = ""  # what samples continue; empty: the start of a document
     checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
@@ -120,401 +118,463 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+@dataclass
+class State:
+    """What a run remembers from step to step, beside its weights and optimizers. A checkpoint holds all of it."""
+
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # the last of them, in a row, without a finite loss and gradient
+    best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # among those saved
+    target_reached: bool = False
+    stopped: bool = False  # by a signal: this step's evaluations are still to be made
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from the config, the data and the number of processes."""
+
+    rows: int  # windows in a step, on all processes together
+    micro_batches: int  # of batch_size windows, in a step of each process
+    warmup_steps: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What main sets up once and every step uses."""
+
+    config: TrainConfig
+    plan: Plan
+    world: World
+    log: Metrics
+    model: GPT  # for evaluations and checkpoints
+    wrapped: nn.Module  # the same model, whose backward averages gradients over all processes
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    autocast: contextlib.AbstractContextManager
+    val: Windows | None
+    examples: list  # of HellaSwag
+    meta: dict  # of the data
+    identity: dict  # what a checkpoint says beside state and weights: configs, tokenizer, fingerprints of the data
+    stop: StopRequest
+
+
 def main() -> int:
     gc.disable()  # up to the loop nothing becomes garbage, and looking for it takes a fifth of the time to get there
     config, gpt_config, given = configure(TrainConfig, GPTConfig)
-    world = World(config.device)
-    device = world.device
+    world = World(device=None)  # a resumed run has its own
+    log = Metrics(config.out_dir, world.is_main)
 
-    def say(text: str) -> None:
-        if world.is_main:
-            try:
-                print(text, flush=True)
-            except OSError:  # the terminal is gone, or the disk of a log file full: no reason to end a run
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-    # What can be wrong is looked at before anything is written.
-    log = Metrics(config.out_dir)
-    resume_path = world.agree(lambda: find_run(config, world, log))
-    saved, weights, changed = None, None, {}
-    if resume_path:
-        saved = checkpoint.load(resume_path)
-        checkpoint.check_run(saved, resume_path)
-        worked_out = {name for name in ("seq_len", "total_batch_size") if getattr(config, name) is None}  # at the start
-        now = {name: f"--{name}" for name in ("out_dir", "resume", "device")} | given
-        now = {name: where for name, where in now.items() if name not in worked_out}
-        config = checkpoint.as_it_was(saved["config"], config, now, MAY_CHANGE, resume_path)
-        gpt_config = checkpoint.as_it_was(saved["gpt_config"], gpt_config, given, (), resume_path)
-        changed = {
-            name: [saved["config"].get(name), value]
-            for name, value in dataclasses.asdict(config).items()
-            if value != saved["config"].get(name) and name not in ("out_dir", "resume")
-        }
+    # Look before anything is written: a mistake in the options, the data or the machine ends here.
+    path, saved = checkpoint.find_run(config, given, world, log)
+    config, gpt_config, changed = checkpoint.resume_options(saved, config, gpt_config, given, MAY_CHANGE, path)
+    world.use(config.device)
     meta = read_meta(config.data_dir)
-    if resume_path:
-        weights = saved["model"]
-    elif config.init_from != "scratch":
+    gpt_config, weights = starting_point(saved, config, gpt_config, given, meta)
+    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
+    config = fill_in(config, gpt_config, world)
+    check(config, gpt_config, meta, tokenizer, world)
+    train_data, val_data = open_data(config, gpt_config, meta)
+    plan = make_plan(config, len(train_data), world)
+    data = world.agree(lambda: same_data(config.data_dir, train_data, val_data, saved.get("data", {})))
+    state = State(**{name: saved[name] for name in vars(State()) if name in saved})
+    if changed.keys() & {"target_loss", "target_val_loss"}:
+        state.target_reached = False
+    if path and finished(state, plan) and not state.stopped:
+        log.say(f"{config.out_dir}: this run is done, at step {state.step}")
+        world.close()
+        return 0
+    examples, no_hellaswag = load_hellaswag(config, tokenizer, gpt_config.block_size, world)
+
+    # Build the model and its optimizers, then begin the record of the run.
+    identity = dict(config=asdict(config), gpt_config=asdict(gpt_config), tokenizer=tokenizer, data=data)
+    run = make_run(config, gpt_config, plan, world, log, saved, weights, val_data, examples, meta, identity)
+    saved = weights = None  # and with them the file, which stays on disk for as long as anything is mapped to it
+    batches = train_batches(
+        train_data, config.seed, plan.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
+    )
+    world.agree(lambda: log.begin(state.step if path else None, config.log_to))
+    announce(run, state, path, changed, len(train_data), no_hellaswag)
+    gc.enable()
+    gave_up = train(run, state, batches, saved_step=state.step if path and not state.stopped else None)
+    batches.close()
+    log.close()
+    world.close()
+    if gave_up:
+        return 3
+    if state.stopped:
+        log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
+    else:
+        log.say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
+        log.say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
+    return 0
+
+
+def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], saved_step: int | None) -> bool:
+    """Step by step to the end, or until a signal; whether the run gave up. `saved_step` has its checkpoint already."""
+    config, plan, log = run.config, run.plan, run.log
+    logged_step, seconds, stopping, numbers = state.step, 0.0, False, None  # seconds of training since the logged step
+    while True:
+        # Between two steps: evaluations, a checkpoint, or the end.
+        val_loss = None
+        if not stopping:
+            val_loss, stopping = evaluate_all(run, state)
+        state.stopped, done = stopping, finished(state, plan)
+        if done and state.step > logged_step:
+            log_step(run, state.step, numbers, seconds / (state.step - logged_step))
+        if done or stopping:
+            reason = dict(signal=run.stop.reason) if stopping else dict(target_reached=state.target_reached)
+            log.write("event", event="stopped" if stopping else "done", step=state.step, **reason)
+        regular = done or (state.step > 0 and due(state, config.checkpoint_interval))
+        if state.step != saved_step and (regular or stopping):
+            saved_step = save(run, state, val_loss if regular else None, last=done or stopping) or saved_step
+        if done or stopping:
+            return False
+
+        # One step: the gradient of the whole batch, and an update unless it is not finite.
+        began = time.perf_counter()
+        state.step += 1
+        numbers = train_step(run, state.step, batches)
+        loss, norm, _, stopping = numbers
+        step_seconds = time.perf_counter() - began
+        seconds += step_seconds
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state.skipped = 0 if finite else state.skipped + 1
+        if not finite:
+            log.write("event", event="skipped step", step=state.step, loss=loss, grad_norm=norm)
+            log.say(f"step {state.step:>5}/{plan.max_steps} | skipped: loss {loss}, gradient norm {norm}")
+        if state.skipped >= config.max_skipped:  # more than that where a resumed run has a lower limit
+            log.write("event", event="gave up", step=state.step)
+            log.say(f"gave up: {state.skipped} steps in a row without a finite loss; the last checkpoint is kept")
+            return True
+        state.target_reached = config.target_loss is not None and loss < config.target_loss
+        if state.step == 1 or due(state, config.log_interval) or finished(state, plan):
+            log_step(run, state.step, numbers, seconds / (state.step - logged_step))
+            logged_step, seconds = state.step, 0.0
+
+
+def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float, bool]:
+    """One optimizer step: (mean loss of the whole batch, gradient norm before clipping, learning rate, whether any
+    process was asked to stop). Without a finite loss and norm, no weight changes."""
+    config, plan, world, scaler = run.config, run.plan, run.world, run.scaler
+    if run.model.config.dropout:  # seeded by the step, so that there is no generator state to save or disturb
+        seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+    totals = torch.zeros(2, device=world.device)  # the mean loss; how many processes were asked to stop
+    for micro_batch in range(plan.micro_batches):
+        x, y = next(batches)
+        world.sync_gradients(run.wrapped, on=micro_batch == plan.micro_batches - 1)
+        with run.autocast:
+            loss = run.wrapped(x, y) / plan.micro_batches
+        totals[0] += loss.detach()
+        scaler.scale(loss).backward()
+    totals[1] += bool(run.stop)
+    world.mean_(totals)
+    for optimizer in run.optimizers:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm, (loss, stop) = norm.item(), totals.tolist()  # the step's one wait for the device
+    lr = learning_rate(
+        step, config.schedule, config.learning_rate, config.min_lr, plan.warmup_steps, plan.max_steps,
+        config.decay_fraction,
+    )  # fmt: skip
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks; a NaN would spoil the weights for good
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, norm, lr, stop > 0
+
+
+def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
+    """Validation, HellaSwag and a sample, each where it is due: (val loss, whether a signal broke it off)."""
+    config, plan, log, world = run.config, run.plan, run.log, run.world
+    val_loss, here = None, f"step {state.step:>5}/{plan.max_steps}"
+    if due(state, config.val_interval, plan):
+        val_loss = evaluate(run)
+        if val_loss is None:  # a resumed run evaluates again
+            return None, True
+        state.target_reached |= config.target_val_loss is not None and val_loss < config.target_val_loss
+        bpb = bits_per_byte(val_loss, run.meta)
+        per_word = word_loss(val_loss, run.meta) if config.val_tokens // config.seq_len >= len(run.val) else None
+        log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
+        log.say(
+            f"{here} | val loss {val_loss:.4f}"
+            + (f" | word loss {per_word:.4f}" if per_word else "")
+            + (f" | {bpb:.4f} bits per byte" if bpb else "")
+        )
+    if run.examples and due(state, config.hellaswag_interval, plan):
+        import hellaswag
+
+        max_tokens = config.batch_size * config.seq_len
+        score = hellaswag.score(run.model, run.examples, max_tokens, world, run.autocast, stop=run.stop)
+        if score is None:
+            return None, True
+        acc, acc_norm, n = score
+        log.write("hellaswag", step=state.step, acc=acc, acc_norm=acc_norm, n=n)
+        log.say(f"{here} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
+    if due(state, config.sample_interval, plan):
+        text, problem = sample(run) if world.is_main else ("", None)
+        if world.sum([bool(run.stop)])[0]:
+            return None, True
+        if problem:
+            log.write("event", event="no sample", step=state.step, problem=problem)
+            log.say(f"{here} | no sample: {problem}")
+        else:
+            log.write("sample", step=state.step, text=text)
+            log.say(f"--- sample\n{text}\n---")
+    return val_loss, False
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float | None:
+    """Mean loss of the first val_tokens in nats per token, over all ranks; None where a signal came first, on any."""
+    config, world = run.config, run.world
+    run.model.eval()
+    losses, counts = [], []
+    for x, y in val_batches(run.val, config.val_tokens, config.batch_size, world.rank, world.size, world.device):
+        if run.stop:
+            break
+        forward = run.model if len(x) == config.batch_size else run.model.forward  # no compiling for a ragged last one
+        with run.autocast:
+            losses.append(forward(x, y))
+        counts.append(y.numel())
+    run.model.train()
+    losses = [loss.item() for loss in losses]  # one wait at the end
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+    total, tokens, stop = world.sum([total, sum(counts), bool(run.stop)])
+    return None if stop else total / tokens
+
+
+def sample(run: Run) -> tuple[str, str | None]:
+    """200 tokens behind sample_start, always the same ones of the same weights, fewer where a signal comes; and what
+    went wrong, if something did."""
+    from sample import complete  # tokenizers take a while to import
+    from tokenizer import get_tokenizer
+
+    run.model.eval()
+    text, problem = run.config.sample_start, None
+    try:
+        for [piece] in complete(run.model, get_tokenizer(run.identity["tokenizer"]), text, 1, 200):
+            text += piece
+            if run.stop:
+                break
+    except FloatingPointError as error:  # the weights have become useless, which the loss shows too
+        problem = str(error)
+    run.model.train()
+    return text, problem
+
+
+def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | None:
+    """Write this step's checkpoint; its step, or None where the disk did not take it and the run goes on all the same.
+
+    `val_loss` (None: not known) may make it the best. Raises UserError where the last one is not saved.
+    """
+    config, log, earlier_best = run.config, run.log, state.best
+    if val_loss is not None and val_loss < state.best["val_loss"]:
+        state.best = {"step": state.step, "val_loss": val_loss}
+    contents = {
+        "model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "scaler": run.scaler.state_dict(), **asdict(state), **run.identity,
+    }  # fmt: skip
+
+    def write() -> str | None:
+        try:
+            log.sync()  # what led to a checkpoint is on disk before it
+            keep = 0 if state.skipped else config.keep_checkpoints  # a run that fails pushes no good one out
+            log.say(f"saved {checkpoint.save(contents, config.out_dir, keep, state.best['step'])}")
+        except OSError as error:
+            return error.strerror or str(error)
+
+    problem = run.world.agree(write)
+    if problem is None:
+        return state.step
+    if last:
+        raise UserError(
+            f"{config.out_dir}: step {state.step} is not saved: {problem}; mend that, and go on with --resume=True"
+        )
+    log.write("event", event="not saved", step=state.step, problem=problem)
+    log.say(f"NOT SAVED at step {state.step}: {problem}; older checkpoints are untouched, and the run goes on")
+    state.best = earlier_best
+    return None
+
+
+def finished(state: State, plan: Plan) -> bool:
+    return state.step >= plan.max_steps or state.target_reached
+
+
+def due(state: State, interval: int, plan: Plan | None = None) -> bool:
+    """Whether something happens at this step: every `interval` steps (0: never), and with a plan at the end too."""
+    return interval > 0 and (state.step % interval == 0 or (plan is not None and finished(state, plan)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def starting_point(
+    saved: dict, config: TrainConfig, gpt_config: GPTConfig, given: Collection[str], meta: dict
+) -> tuple[GPTConfig, dict | None]:
+    """The architecture, and the weights to start with (None: new ones)."""
+    if "model" in saved:
+        return gpt_config, saved["model"]
+    if config.init_from != "scratch":
         from huggingface import starting_weights  # tokenizers take a while to import
 
-        gpt_config, weights = starting_weights(config.init_from, gpt_config, given, config.data_dir, meta)
-    elif meta and "vocab_size" not in given:
-        gpt_config = dataclasses.replace(gpt_config, vocab_size=meta["vocab_size"])
-    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
+        given = vars(gpt_config) if saved else given  # the options of a run that begins again were all given
+        return starting_weights(config.init_from, gpt_config, given, config.data_dir, meta)
+    if meta and "vocab_size" not in given and not saved:
+        gpt_config = replace(gpt_config, vocab_size=meta["vocab_size"])
+    return gpt_config, None
+
+
+def fill_in(config: TrainConfig, gpt_config: GPTConfig, world: World) -> TrainConfig:
+    """The config with the sizes that it leaves open."""
+    T = config.seq_len or gpt_config.block_size
+    return replace(config, seq_len=T, total_batch_size=config.total_batch_size or config.batch_size * T * world.size)
+
+
+def check(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenizer: str | None, world: World) -> None:
+    """Raises UserError where options, model, data and machine do not go together."""
+    T, one_round = config.seq_len, config.batch_size * config.seq_len * world.size
     if gpt_config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
-    T = config.seq_len or gpt_config.block_size
     if gpt_config.block_size < T:
         raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
-    one_round = config.batch_size * T * world.size
-    config = dataclasses.replace(config, seq_len=T, total_batch_size=config.total_batch_size or one_round)
-    vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
-    train = Windows(config.data_dir, "train", T, vocab_size)
-    val = Windows(config.data_dir, "val", T, vocab_size) if config.val_interval else None
-    data_then = saved["data"] if saved else {}
-    data = world.agree(lambda: same_data(config.data_dir, train, val, data_then))
-    if val and config.val_tokens < T:
+    if config.val_interval and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
         raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
-    rows = config.total_batch_size // T  # windows in a step
-    micro_batches = rows // (config.batch_size * world.size)
-    max_steps = planned_steps(config, len(train), rows)
-    part = config.warmup_fraction
-    warmup_steps = config.warmup_steps if part is None else round(part * max_steps)
     for name in ("sample_interval", "hellaswag_interval"):
         if getattr(config, name) and not tokenizer:
             raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
-    if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
-    target_reached = bool(saved and saved["target_reached"] and not changed.keys() & {"target_loss", "target_val_loss"})
-    if saved and (saved["step"] >= max_steps or target_reached) and not saved["stopped"]:
-        say(f"{config.out_dir}: this run is done, at step {saved['step']}")
-        world.close()
-        return 0
+    compilers = (
+        ("g++", "clang++", "c++") if world.device.type == "cpu" else ("gcc", "clang", "cc")
+    )  # Triton's, for CUDA
+    if config.compile and not any(map(shutil.which, compilers)):
+        raise UserError("compile = True needs a C++ compiler; install g++, or use --compile=False")
 
-    examples, no_hellaswag = [], None
-    if config.hellaswag_interval:
-        import hellaswag  # with tokenizers, which take a while to import
-        from tokenizer import get_tokenizer
 
-        try:
-            examples = world.agree(
-                lambda: hellaswag.load(config.hellaswag_data, get_tokenizer(tokenizer), gpt_config.block_size)
-            )
-        except UserError as error:
-            if config.hellaswag_data:
-                raise
-            no_hellaswag = f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
+def open_data(config: TrainConfig, gpt_config: GPTConfig, meta: dict) -> tuple[Windows, Windows | None]:
+    """The windows of both splits; of val only where it is evaluated."""
+    vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
+    train_data = Windows(config.data_dir, "train", config.seq_len, vocab_size)
+    return train_data, Windows(config.data_dir, "val", config.seq_len, vocab_size) if config.val_interval else None
 
-    # The model, its optimizers, and the state to go on from.
-    if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")  # compiled code would add up threads' results in any order
-    elif config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        torch.use_deterministic_algorithms(True)  # the same, and the compiler chooses no kernel by its speed
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
+
+def make_plan(config: TrainConfig, num_windows: int, world: World) -> Plan:
+    """The run's sizes. It ends at max_steps or after its epochs, whichever comes sooner; with neither, after one."""
+    rows = config.total_batch_size // config.seq_len
+    epochs = config.epochs if config.epochs or config.max_steps else 1
+    ends = [config.max_steps] if config.max_steps else []
+    if epochs:
+        ends.append(math.floor(epochs * num_windows / rows))
+    if min(ends) < 1:
+        raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
+    part = config.warmup_fraction
+    warmup_steps = config.warmup_steps if part is None else round(part * min(ends))
+    return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends))
+
+
+def load_hellaswag(
+    config: TrainConfig, tokenizer: str | None, block_size: int, world: World
+) -> tuple[list, str | None]:
+    """HellaSwag's examples where they are wanted; and why there are none, where they cannot be had."""
+    if not config.hellaswag_interval:
+        return [], None
+    import hellaswag  # with tokenizers, which take a while to import
+    from tokenizer import get_tokenizer
+
+    try:
+        return world.agree(lambda: hellaswag.load(config.hellaswag_data, get_tokenizer(tokenizer), block_size)), None
+    except UserError as error:
+        if config.hellaswag_data:
+            raise
+        return [], f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
+
+
+def make_run(
+    config: TrainConfig, gpt_config: GPTConfig, plan: Plan, world: World, log: Metrics, saved: dict,
+    weights: dict | None, val: Windows | None, examples: list, meta: dict, identity: dict,
+) -> Run:  # fmt: skip
+    """The model and its optimizers, new or as they were saved, compiled and wrapped for this number of processes."""
+    make_deterministic(world.device, config.deterministic)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
     if weights:
-        checkpoint.load_weights(model, weights, resume_path or config.init_from)
-    model.to(device)
-    params = list(model.parameters())
-    dtype = pick_dtype(config.dtype, device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+        checkpoint.load_weights(model, weights, saved.get("path", config.init_from))
+    model.to(world.device)
+    dtype = pick_dtype(config.dtype, world.device)
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
     optimizers = make_optimizers(
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, saved_step, best, skipped = 0, 0, {"step": None, "val_loss": math.inf}, 0
-    if saved:
-        checkpoint.restore(saved, resume_path, model, optimizers, scaler)
-        step, best, skipped = saved["step"], saved["best"], saved["skipped"]
-        saved_step = None if saved["stopped"] else step  # where a signal came, the evaluations are still to be made
-    del saved, weights  # and with them the file, which stays on disk for as long as anything is mapped to it
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    if "optimizers" in saved:
+        checkpoint.restore(saved, model, optimizers, scaler)
     if config.compile:
         model.compile()
-    example = torch.zeros(config.batch_size, T, dtype=torch.int64, device=device)
-    with autocast:
-        wrapped = world.wrap(model, example, example)
-    batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
-
-    stop_signals: list[int] = []
-
-    def on_signal(number: int, _: object) -> None:
-        stop_signals.append(number)  # stop after this step, on all ranks
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at once at the next Ctrl-C, whatever is going on
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-
-    world.agree(lambda: log.begin(step if resume_path else None, config.log_to))
-    record = log.write if world.is_main else lambda kind, **values: None
-    card, peak_flops = hardware(device)
-    about = dict(
-        commit=git_commit(), torch=torch.__version__, python=platform.python_version(), hardware=card,
-        world_size=world.size, dtype=str(dtype).removeprefix("torch."), launch=world.launch,
-        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    example = torch.zeros(config.batch_size, config.seq_len + 1, dtype=torch.int64, device=world.device)
+    with autocast:  # two tensors laid out as a real batch: for others it would be compiled once more
+        wrapped = world.wrap(model, example[:, :-1], example[:, 1:], warm_up=config.compile)
+    return Run(
+        config, plan, world, log, model, wrapped, optimizers, scaler, autocast, val, examples, meta, identity,
+        stop=StopRequest(),
     )  # fmt: skip
-    if resume_path:
-        record("event", event="resume", step=step, checkpoint=resume_path.name, changed=changed, **about)
-    else:
-        record(
-            "run", config=dataclasses.asdict(config), gpt_config=dataclasses.asdict(gpt_config),
-            parameters=model.num_params(), max_steps=max_steps, data=meta, **about,
-        )  # fmt: skip
-    say(f"model: {model.num_params():,} parameters, on {world.size} x {card} in {dtype}")
-    say(f"data: {len(train):,} windows of {T} tokens in {config.data_dir}; {max_steps * rows / len(train):.2f} epochs")
-    say(f"step: {rows:,} windows = {micro_batches} micro-batches x {world.size} processes x {config.batch_size}")
-    say(f"{f'resuming at step {step} in' if resume_path else 'writing to'} {config.out_dir}")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says of itself
+
+
+def announce(
+    run: Run, state: State, path: Path | None, changed: dict, num_windows: int, no_hellaswag: str | None
+) -> None:
+    """The first record of a run, or of its going on, and the first lines on the terminal."""
+    config, plan, world, log, model = run.config, run.plan, run.world, run.log, run.model
+    about = machine(world, pick_dtype(config.dtype, world.device))
+    if path:
+        log.write("event", event="resume", step=state.step, checkpoint=path.name, changed=changed, **about)
+    else:
+        configs = {name: run.identity[name] for name in ("config", "gpt_config")}
+        log.write("run", **configs, parameters=model.num_params(), max_steps=plan.max_steps, data=run.meta, **about)
+    epochs = plan.max_steps * plan.rows / num_windows
+    log.say(f"model: {model.num_params():,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
+    log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
+    parts = f"{plan.micro_batches} micro-batches x {world.size} processes x {config.batch_size}"
+    log.say(f"step: {plan.rows:,} windows = {parts}")
+    log.say(f"{f'resuming at step {state.step} in' if path else 'writing to'} {config.out_dir}")
     if no_hellaswag:
-        record("event", event="no hellaswag", step=step, problem=no_hellaswag)
-        say(no_hellaswag)
+        log.write("event", event="no hellaswag", step=state.step, problem=no_hellaswag)
+        log.say(no_hellaswag)
     for name, (before, after) in changed.items():
-        say(f"changed: {name} = {after}, was {before}")
-    gc.enable()
-    stopping = gave_up = False
-    logged_step, seconds = step, 0.0  # of training since then
-
-    def log_step() -> None:
-        nonlocal logged_step, seconds
-        dt = seconds / (step - logged_step)
-        logged_step, seconds = step, 0.0
-        tokens_per_sec = config.total_batch_size / dt
-        mfu = model.flops_per_token(T) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
-        record(
-            "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
-            tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
-        )  # fmt: skip
-        say(
-            f"step {step:>5}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
-            f"{tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (max_steps - step))}"
-        )
-
-    def save() -> str | None:
-        """What went wrong, if it did."""
-        state = {
-            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": scaler.state_dict(), "step": step, "best": best, "skipped": skipped, "stopped": stopping,
-            "target_reached": target_reached, "data": data, "gpt_config": dataclasses.asdict(gpt_config),
-            "config": dataclasses.asdict(config), "tokenizer": tokenizer,
-        }  # fmt: skip
-        try:
-            log.sync()  # what led to a checkpoint is on disk before it
-            keep = 0 if skipped else config.keep_checkpoints  # a run that fails pushes no good one out
-            say(f"saved {checkpoint.save(state, config.out_dir, keep, best['step'])}")
-        except OSError as error:
-            return error.strerror or str(error)
-
-    while True:
-        # Between two steps: validation, samples, a checkpoint, or the end.
-        done = step >= max_steps or target_reached
-        due = {
-            name: interval > 0 and not stopping and (step % interval == 0 or done)
-            for name, interval in [
-                ("val", config.val_interval),
-                ("hellaswag", config.hellaswag_interval),
-                ("sample", config.sample_interval),
-                ("checkpoint", config.checkpoint_interval),
-            ]
-        }
-        if due["val"]:
-            val_loss = evaluate(
-                model, val_batches(val, config.val_tokens, config.batch_size, world.rank, world.size, device),
-                config.batch_size, autocast, world, stop_signals,
-            )  # fmt: skip
-            stopping = val_loss is None  # a resumed run evaluates anew
-        if due["val"] and not stopping:
-            if config.target_val_loss is not None and val_loss < config.target_val_loss:
-                done = target_reached = True
-            bpb = bits_per_byte(val_loss, meta)
-            of_words = word_loss(val_loss, meta) if config.val_tokens // T >= len(val) else None
-            record("val", step=step, val_loss=val_loss, word_loss=of_words)
-            say(
-                f"step {step:>5}/{max_steps} | val loss {val_loss:.4f}"
-                + (f" | word loss {of_words:.4f}" if of_words else "")
-                + (f" | {bpb:.4f} bits per byte" if bpb else "")
-            )
-        if due["hellaswag"] and examples and not stopping:
-            score = hellaswag.score(model, examples, config.batch_size * T, world, autocast, stop=stop_signals)
-            stopping = score is None
-            if not stopping:
-                acc, acc_norm, n = score
-                record("hellaswag", step=step, acc=acc, acc_norm=acc_norm, n=n)
-                say(f"step {step:>5}/{max_steps} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
-        if due["sample"] and not stopping:
-            if world.is_main:
-                text = config.sample_start + sample(model, tokenizer, config.sample_start, stop_signals)
-            stopping = world.sum([len(stop_signals)])[0] > 0
-            if world.is_main and not stopping:
-                record("sample", step=step, text=text)
-                say(f"--- sample\n{text}\n---")
-        if done and step > logged_step:
-            log_step()
-        regular = (due["checkpoint"] and step > 0) or done
-        best_before = best
-        if regular and due["val"] and not stopping and val_loss < best["val_loss"]:  # the best of those saved
-            best = {"step": step, "val_loss": val_loss}
-        if done and not stopping:
-            record("event", event="done", step=step, target_reached=target_reached)
-        elif stopping:
-            name = signal.Signals(stop_signals[0]).name if stop_signals else None  # None: another rank's
-            record("event", event="stopped", step=step, signal=name)
-        if step != saved_step and (regular or stopping):
-            problem = world.agree(save)
-            if problem and (done or stopping):
-                raise UserError(
-                    f"{config.out_dir}: step {step} is not saved: {problem}; mend that, and go on with --resume=True"
-                )
-            if problem:
-                record("event", event="not saved", step=step, problem=problem)
-                say(f"NOT SAVED at step {step}: {problem}; older checkpoints are untouched, and the run goes on")
-                best = best_before
-            else:
-                saved_step = step
-        if done or stopping:
-            break
-
-        # One step: the gradient of the whole batch, micro-batch by micro-batch, and an update.
-        began = time.perf_counter()
-        step += 1
-        lr = learning_rate(
-            step, config.schedule, config.learning_rate, config.min_lr, warmup_steps, max_steps,
-            config.decay_fraction,
-        )  # fmt: skip
-        if gpt_config.dropout:  # seeded by the step, so that there is no generator state to save or disturb
-            torch.manual_seed(
-                int(np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0])
-            )
-        numbers = torch.zeros(2, device=device)  # the mean loss; whether to stop
-        for micro_batch in range(micro_batches):
-            x, y = next(batches)
-            world.sync_gradients(wrapped, on=micro_batch == micro_batches - 1)
-            with autocast:
-                micro_loss = wrapped(x, y) / micro_batches
-            numbers[0] += micro_loss.detach()
-            scaler.scale(micro_loss).backward()
-        numbers[1] += len(stop_signals)
-        world.mean_(numbers)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
-        norm, (loss, stop) = norm.item(), numbers.tolist()  # the step's one wait
-        stopping = stop > 0
-        finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all ranks
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if finite:  # else one bad gradient would spoil every weight and running mean, for good
-                scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        seconds += time.perf_counter() - began
-
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            record("event", event="skipped step", step=step, loss=loss, grad_norm=norm)
-            say(f"step {step:>5}/{max_steps} | skipped: loss {loss}, gradient norm {norm}")
-        gave_up = skipped >= config.max_skipped  # more than that where a resumed run has a lower limit
-        if gave_up:
-            record("event", event="gave up", step=step)
-            say(f"gave up: {skipped} steps in a row without a finite loss and gradient; the last checkpoint is kept")
-            break
-        target_reached = config.target_loss is not None and loss < config.target_loss
-        if step == 1 or step % config.log_interval == 0 or step == max_steps or target_reached:
-            log_step()
-
-    batches.close()
-    if world.is_main:
-        log.close()
-    world.close()
-    if gave_up:
-        return 3
-    if stopping and not done:
-        say(f"stopped by a signal at step {step}; the same command with --resume=True goes on")
-    else:
-        say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
-        say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
-    return 0
+        log.say(f"changed: {name} = {after}, was {before}")
 
 
-@torch.no_grad()
-def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], batch_size: int, autocast: contextlib.AbstractContextManager,
-    world: World, stop_signals: list[int],
-) -> float | None:  # fmt: skip
-    """Mean loss in nats per token over every rank's batches; None where a signal came first, on any rank."""
-    model.eval()
-    losses, counts = [], []
-    for x, y in batches:
-        if stop_signals:
-            break
-        forward = model if len(x) == batch_size else model.forward  # a ragged last batch is not worth compiling for
-        with autocast:
-            losses.append(forward(x, y))
-        counts.append(y.numel())
-    model.train()
-    losses = [loss.item() for loss in losses]  # one wait at the end
-    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
-    total, tokens, stop = world.sum([total, sum(counts), len(stop_signals)])
-    return None if stop else total / tokens
-
-
-def sample(model: GPT, tokenizer: str, start: str, stop_signals: list[int]) -> str:
-    """200 tokens behind `start`, always the same ones of the same weights; fewer where a signal comes."""
-    from sample import complete  # tokenizers take a while to import
-    from tokenizer import get_tokenizer
-
-    model.eval()
-    text = ""
-    for [piece] in complete(model, get_tokenizer(tokenizer), start, 1, 200):
-        text += piece
-        if stop_signals:
-            break
-    model.train()
-    return text
-
-
-def find_run(config: TrainConfig, world: World, log: Metrics) -> Path | None:
-    """The checkpoint to go on from, or None for a run from the start. Raises UserError rather than overwrite a run."""
-    begun = log.lock()
-    records = read_metrics(log.path) if world.restarts and begun else []
-    restarted = any(record.get("launch") == world.launch for record in records)  # by torchrun, which began this run
-    if config.resume or restarted:
-        return checkpoint.newest_whole(config.out_dir)
-    if checkpoint.find(config.out_dir) or (begun and log.path.stat().st_size):
-        raise UserError(f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another")
-    return None
-
-
-def planned_steps(config: TrainConfig, num_windows: int, rows: int) -> int:
-    """The last step: max_steps or so many epochs, whichever comes sooner; one epoch where neither is given."""
-    epochs = config.epochs if config.epochs or config.max_steps else 1
-    steps = [config.max_steps] if config.max_steps else []
-    if epochs:
-        steps.append(math.floor(epochs * num_windows / rows))
-    if min(steps) < 1:
-        raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
-    return min(steps)
+def log_step(run: Run, step: int, numbers: tuple, dt: float) -> None:
+    """The train record and line of a step; dt is the mean seconds of the steps since the last."""
+    config, plan, world = run.config, run.plan, run.world
+    loss, norm, lr, _ = numbers
+    tokens_per_sec = config.total_batch_size / dt
+    _, peak_flops = hardware(world.device)
+    mfu = run.model.flops_per_token(config.seq_len) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
+    run.log.write(
+        "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
+        tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
+    )  # fmt: skip
+    run.log.say(
+        f"step {step:>5}/{plan.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
+        f"{tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (plan.max_steps - step))}"
+    )
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with + behind it where files differ; None outside of a git checkout."""
-    here = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    try:
-        commit = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from configurator import cli
+from distributed import StopRequest
 from shards import shard_header
 
+SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
 torch.set_num_threads(1)  # models this small are slower on two
 ROOT = Path(__file__).parent.parent
 MODEL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"]
@@ -58,7 +60,7 @@ def run(script, *args, processes=None, cwd=ROOT, **kwargs):
 
 def call(script, *args):
     """The same inside this process, which saves the seconds that starting Python and importing torch take."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
     try:
