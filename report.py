@@ -42,7 +42,7 @@ def main() -> int:
             for written in plot(records, Path(folder), config.dpi):
                 print(written)
         except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror}") from None
+            raise UserError(f"{error.filename or path}: {error.strerror}") from None
         except RecursionError:
             raise UserError(f"{path}: damaged: a record is nested too deeply") from None
     return 0
@@ -99,8 +99,11 @@ def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=dpi)
         plt.close(figure)
-        with whole_file(folder / name) as file:
-            file.write(picture.getbuffer())
+        try:
+            with whole_file(folder / name) as file:
+                file.write(picture.getbuffer())
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}") from None
         paths.append(folder / name)
     return paths
 
