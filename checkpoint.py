@@ -80,7 +80,7 @@ def fault(path: Path) -> str | None:
             if archive.testzip() is not None:
                 return "is damaged"
         state = load(path)
-        if not isinstance(state, dict) or not all(type(state.get(name)) in types for name, types in SPEAKS.items()):
+        if not isinstance(state, dict) or misfits(state, SPEAKS):
             return "is not a checkpoint of a run"
         if step_of(path) not in (None, state["step"]):
             return f"holds step {state['step']}, which is not what its name says"
@@ -232,9 +232,13 @@ def check_size(config: GPTConfig, tensors: int, size: int, where: str) -> None:
 
 
 def check_types(values: dict, types: dict[str, tuple], where: str) -> None:
-    for name, allowed in types.items():
-        if type(values.get(name)) not in allowed:
-            raise UserError(f"{where} {name} is of type {type(values.get(name)).__name__}, which no run has written")
+    for name in misfits(values, types):
+        raise UserError(f"{where} {name} is missing, or of a type that no run has written")
+
+
+def misfits(values: dict, types: dict[str, tuple]) -> list[str]:
+    """The names that are missing or of another type; a subclass is another (True is no step)."""
+    return [name for name, allowed in types.items() if name not in values or type(values[name]) not in allowed]
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:

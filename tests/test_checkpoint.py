@@ -404,6 +404,14 @@ def test_another_kind_of_file(tmp_path, change):
     assert checkpoint.fault(tmp_path / "any_name.pt") or "step" in change
 
 
+@pytest.mark.parametrize("name", ["model", "step", "gpt_config", "tokenizer"])
+def test_a_part_that_is_missing(tmp_path, name):
+    part = state(1)
+    del part[name]
+    torch.save(part, tmp_path / "any_name.pt")
+    assert checkpoint.fault(tmp_path / "any_name.pt") == "is not a checkpoint of a run"
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "ckpt_000001.pt")
     with pytest.raises(UserError, match="no whole checkpoint"):
@@ -412,7 +420,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 RUN_CHANGES = [
     *(dict.fromkeys([name], value) for name in checkpoint.GOES_ON for value in (None, "1", (1,), 1j)),
-    dict(best={}), dict(best={"step": "1", "val_loss": 1.0}), dict(best={"step": 1, "val_loss": None}),
+    dict(best={}), dict(best={"val_loss": 1.0}), dict(best={"step": "1", "val_loss": 1.0}),
+    dict(best={"step": 1, "val_loss": None}),
     dict(scaler={"scale": None, "_growth_tracker": 1}), dict(scaler={"scale": 2.0}), dict(skipped=True),
     dict(gpt_config={**vars(TINY), "n_layer": 10**9}),
 ]  # fmt: skip
@@ -450,4 +459,4 @@ def test_training_refuses_a_crafted_checkpoint(data_dir, tmp_path):
     )
     assert "wte.weight is" in crafted(lambda s: s["model"].update({"wte.weight": torch.zeros(1)}))
     assert "learning_rate = None" in crafted(lambda s: s["config"].update(learning_rate=None))
-    assert "skipped is of type str" in crafted(lambda s: s.update(skipped="1"))
+    assert "skipped is missing, or of a type" in crafted(lambda s: s.update(skipped="1"))
