@@ -160,6 +160,8 @@ class GPT(nn.Module):
         temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) are never drawn. A sequence that drew
         eot repeats it from then on; generation ends when all have, or after max_new_tokens. Where the context is full
         its older half is dropped, so that a long text costs O(1) re-reads a token.
+
+        Raises FloatingPointError where logits are not finite.
         """
         config, block_size = self.config, self.config.block_size
         total = min(block_size, idx.size(1) + max_new_tokens)
@@ -294,7 +296,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751."""
+    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
+
+    Raises FloatingPointError where the logits have no finite maximum: torch.multinomial would end a CUDA process.
+    """
+    if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
+        raise FloatingPointError("the logits are not finite: its weights are spoilt, or too large for the dtype")
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     ids = None

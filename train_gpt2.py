@@ -12,7 +12,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
 
 import contextlib
-import copy
 import gc
 import math
 import shutil
@@ -443,7 +442,7 @@ def starting_point(
         from huggingface import starting_weights  # tokenizers take a while to import
 
         given = vars(gpt_config) if saved else given  # the options of a run that begins again were all given
-        return starting_weights(config.init_from, gpt_config, given, meta.get("vocab_size", 0))
+        return starting_weights(config.init_from, gpt_config, given, config.data_dir, meta)
     if meta and "vocab_size" not in given and not saved:
         gpt_config = replace(gpt_config, vocab_size=meta["vocab_size"])
     return gpt_config, None
@@ -525,7 +524,7 @@ def make_run(
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
     if weights:
-        model.load_state_dict(weights)
+        checkpoint.load_weights(model, weights, saved.get("path", config.init_from))
     model.to(world.device)
     dtype = pick_dtype(config.dtype, world.device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
@@ -534,12 +533,7 @@ def make_run(
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if "optimizers" in saved:
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(
-                copy.deepcopy(state) if world.device.type == "cpu" else state
-            )  # else it is no copy
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+        checkpoint.restore(saved, model, optimizers, scaler)
     if config.compile:
         model.compile()
     example = torch.zeros(config.batch_size, config.seq_len + 1, dtype=torch.int64, device=world.device)
