@@ -1,5 +1,6 @@
 """One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -92,6 +93,17 @@ class World:
             dist.all_reduce(value)
             value /= self.size
         return value
+
+    def spread(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """function(batch), which maps each row by itself to one of the same shape: every rank does a part of the rows,
+        and has all results."""
+        if self.size == 1:
+            return function(batch)
+        share = math.ceil(len(batch) / self.size)
+        padded = torch.cat([batch, batch.new_zeros(share * self.size - len(batch), *batch.shape[1:])])
+        results = torch.empty(padded.shape, dtype=padded.dtype, device=padded.device)
+        dist.all_gather(list(results.split(share)), function(padded[self.rank * share :][:share]).contiguous())
+        return results[: len(batch)]
 
     def agree(self, decide: Callable[[], Any]) -> Any:
         """What `decide` returns on rank 0, on every rank; a UserError it raises there is every rank's."""

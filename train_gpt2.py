@@ -226,7 +226,7 @@ def main() -> int:
     dtype = pick_dtype(config.dtype, device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     optimizers = make_optimizers(
-        model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+        model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, saved_step, best, skipped = 0, 0, {"step": None, "val_loss": math.inf}, 0

@@ -17,6 +17,7 @@ def test_alone():
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.agree(lambda: "x") == "x"
+    assert world.spread(lambda x: x + 1, torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
 
@@ -43,6 +44,10 @@ def main():
         assert str(error) == "what rank 0 saw"
     else:
         raise SystemExit("no error")
+    for n, parts in ((7, 3), (6, 2), (1, 1)):  # 7 do not divide by 3
+        batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
+        assert torch.equal(world.spread(lambda x: seen.append(len(x)) or x * 2, batch), batch * 2)
+        assert seen == [parts]
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
     wrapped = world.wrap(model, torch.ones(1, 3))
