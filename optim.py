@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+NEWTON_SCHULZ_DTYPE = torch.bfloat16  # torch's
 Function = Callable[[Tensor], Tensor]
 
 
@@ -80,10 +81,11 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, cols), params in shapes.items():
-                update = torch.stack(self.momentum(params, group["momentum"])).bfloat16()  # (n, rows, cols)
+                update = torch.empty(len(params), rows, cols, dtype=NEWTON_SCHULZ_DTYPE, device=params[0].device)
+                torch._foreach_copy_(update.unbind(), self.momentum(params, group["momentum"]))
                 update = update.mT if rows > cols else update
                 update = self.spread(lambda x, group=group: orthogonalize(x, group), update)
-                update = (update.mT if rows > cols else update).float().contiguous()
+                update = (update.mT if rows > cols else update).contiguous().float()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, cols)))
 
@@ -128,18 +130,20 @@ class Adafactor(torch.optim.Adafactor):
                 step = state["step"].item()
                 size = rms(p).clamp(min=eps2) * min(group["lr"], step**-0.5)
                 forget = step ** group["beta2_decay"]
-                square = p.grad.square()
                 if p.dim() > 1:
                     row, col = state["row_var"], state["col_var"]
-                    row.lerp_(square.mean(dim=1, keepdim=True), forget)
-                    col.lerp_(square.mean(dim=0, keepdim=True), forget)
-                    square = row @ col / row.mean().clamp(min=eps1)
+                    row.lerp_(rms(p.grad, dim=1).square_(), forget)
+                    col.lerp_(rms(p.grad, dim=0).square_(), forget)
+                    update = (row @ col).div_(row.mean().clamp(min=eps1))
                 else:
-                    square = state["variance"].lerp_(square, forget)
-                update = p.grad * square.clamp(min=eps1**2).rsqrt()
+                    update = state["variance"].lerp_(p.grad.square(), forget).clone()
+                update.clamp_(min=eps1**2).rsqrt_().mul_(p.grad)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update * (size / (rms(update) / group["d"]).clamp(min=1.0)))
+                p.addcmul_(update, size / (rms(update) / group["d"]).clamp(min=1.0), value=-1)
 
 
-def rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
+def rms(x: Tensor, dim: int | None = None) -> Tensor:
+    """The root mean square of x, or along dim, which it keeps."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None) / math.sqrt(
+        x.numel() if dim is None else x.size(dim)
+    )

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import optim
 from model import GPT, GPTConfig
 from optim import Adafactor, Muon, learning_rate, make_optimizers
 
@@ -110,6 +111,12 @@ def against(ours, theirs, params, n=20):
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*params, strict=True))
 
 
+def in_float64(monkeypatch):
+    """Newton-Schulz in both."""
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ_DTYPE", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+
+
 def copies(shapes):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
@@ -125,7 +132,7 @@ def test_muon_is_torchs(monkeypatch, exact, parts):
     """Exact: with Newton-Schulz in float64, so that nothing but the formula counts. Products in bfloat16 may add up in
     another order, and that changes an update by 1e-2 of itself, which is 1e-4 of a matrix after 20 steps."""
     if exact:
-        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+        in_float64(monkeypatch)
     params = copies(MATRICES)
     ours = Muon(params[0], lr=1e-3, weight_decay=0.1, spread=in_parts(parts))
     theirs = torch.optim.Muon(params[1], lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -154,7 +161,7 @@ def test_muon_is_torchs(monkeypatch, exact, parts):
 )
 def test_state_is_torchs(monkeypatch, ours, theirs, shapes):
     """Ours goes on from torch's state, and torch's from ours, as if there had been one optimizer."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    in_float64(monkeypatch)
     params = copies(shapes)
     one, two = ours(params[0]), theirs(params[1])
     for _ in range(3):
