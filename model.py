@@ -10,7 +10,7 @@ Shapes, everywhere in this file:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,7 +125,9 @@ class GPT(nn.Module):
             x = x + self.wpe(positions)
             rotation = None
         else:
-            rotation = rope_rotation(positions.unsqueeze(-2), self.config)  # of (1, T) or (B, 1, T): heads share it
+            rotation = rope_rotation(positions.unsqueeze(-1), self.config)  # of (T, 1) or (B, T, 1): heads share it
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            x = x.bfloat16()  # and with it the whole residual stream: on GPUs half of its traffic is saved
         x = self.drop(x)
         for block in self.h:
             x = block(x, rotation, mask, cache)
@@ -233,14 +235,15 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for proj in (self.c_q, self.c_k, self.c_v)
-        )
+        projections = (self.c_q, self.c_k, self.c_v)
+        one = self.training and x.is_cuda  # while decoding, putting them together would cost more than the product
+        projected = one_product(projections, x) if one else [proj(x) for proj in projections]
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in projected)
         if self.qk_norm:
             q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         p = self.dropout if self.training else 0.0
@@ -277,6 +280,13 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
+def one_product(projections: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """proj(x) of each, in one matrix product: faster on GPUs, and the same up to rounding."""
+    biases = [proj.bias for proj in projections if proj.bias is not None]
+    y = F.linear(x, torch.cat([proj.weight for proj in projections]), torch.cat(biases) if biases else None)
+    return y.chunk(len(projections), dim=-1)
+
+
 def rope_rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Positions (..., T) -> cosine and sine of every pair's angle, (..., T, hs / 2) each, always in float32."""
     hs = config.n_embd // config.n_head
@@ -286,7 +296,7 @@ def rope_rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + hs / 2) of x (B, nh, T, hs), the "rotate half" layout of Llama's checkpoints."""
+    """Rotate the pairs (i, i + hs / 2) of x (B, T, nh, hs), the "rotate half" layout of Llama's checkpoints."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
