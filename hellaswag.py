@@ -27,7 +27,7 @@ from distributed import World, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
 from huggingface import load_model
-from model import GPT
+from model import GPT, without_cudnn
 from tokenizer import get_tokenizer
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def score(
 
 
 @torch.no_grad()
+@without_cudnn()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),

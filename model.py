@@ -9,6 +9,7 @@ Shapes, everywhere in this file:
     T  positions in a sequence     V   vocab_size                                hs  C / nh, width of one head
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class GPT(nn.Module):
             if cache.length + new.size(1) > block_size:
                 new = context = context[:, -max(1, block_size // 2) :]
                 cache.length = 0
-            logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, V)
+            with without_cudnn():
+                logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, V)
             token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p, generator)  # (B,)
             if eot is not None:
                 token = torch.where(done, eot, token)
@@ -272,6 +275,11 @@ class MLP(nn.Module):
         else:
             x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2's own form
         return self.drop(self.c_proj(x))
+
+
+def without_cudnn() -> contextlib.AbstractContextManager:
+    """Attention by other kernels than cuDNN's, which makes a plan for every new shape: tens of ms or more."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def make_norm(config: GPTConfig) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from configurator import UserError, cli, configure
-from distributed import pick_device
+from distributed import pick_device, pick_dtype
 from huggingface import load_model
 from model import GPT
 from tokenizer import get_tokenizer
@@ -35,7 +35,7 @@ class SampleConfig:
     top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as in training
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens"):
@@ -56,8 +56,7 @@ def main() -> int:
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not known, so its ids have no text")
     enc = get_tokenizer(tokenizer)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    model = model.to(getattr(torch, auto if config.dtype == "auto" else config.dtype)).eval()
+    model = model.to(pick_dtype(config.dtype, device)).eval()
     speed_up(model)
     start = config.start
     if start.startswith("FILE:"):

@@ -27,11 +27,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import checkpoint
 from configurator import UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
-from distributed import World, hardware, pick_dtype
+from distributed import World, check_tokens, hardware, pick_dtype
 from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
@@ -50,7 +51,8 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the data order and dropout
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
-    compile: bool = True  # torch.compile: faster steps after a minute of compiling
+    compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
+    cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's, and not flash attention
     deterministic: bool = False  # the same bits whenever it is run, on GPUs too (slower); on CPUs they always are
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
@@ -115,9 +117,10 @@ class TrainConfig:
 
 # Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
 MAY_CHANGE = {
-    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "deterministic", "batch_size", "max_steps", "epochs",
-    "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data",
-    "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
+    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "batch_size",
+    "max_steps", "epochs", "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval",
+    "hellaswag_data", "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval",
+    "log_to",
 }  # fmt: skip
 
 
@@ -187,7 +190,9 @@ def main() -> int:
     for name in ("sample_interval", "hellaswag_interval"):
         if getattr(config, name) and not tokenizer:
             raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
-    if config.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    check_tokens(config.batch_size, T, device)
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    if compiled and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError("compile = True needs a C++ compiler on a CPU; install g++, or use --compile=False")
     target_reached = bool(saved and saved["target_reached"] and not changed.keys() & {"target_loss", "target_val_loss"})
     if saved and (saved["step"] >= max_steps or target_reached) and not saved["stopped"]:
@@ -239,11 +244,12 @@ def main() -> int:
         saved_step = None if saved["stopped"] else step  # where a signal came, the evaluations are still to be made
         del state
     del saved, weights  # and with them the file, which stays on disk for as long as anything is mapped to it
-    if config.compile:
+    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # which it rounds
+    if compiled:
         model.compile()
-    example = torch.zeros(config.batch_size, T, dtype=torch.int64, device=device)
+    example = torch.zeros((2, config.batch_size, T), dtype=torch.int64, device=device)  # two tensors, as x and y are
     with autocast:
-        wrapped = world.wrap(model, example, example)
+        wrapped = world.wrap(model, *example)
     batches = train_batches(train, config.seed, rows, config.batch_size, world.rank, world.size, device, step + 1)
 
     stop_signals: list[int] = []
@@ -458,10 +464,10 @@ def evaluate(
     for x, y in batches:
         if stop_signals:
             break
-        forward = model if len(x) == batch_size else model.forward  # a ragged last batch is not worth compiling for
-        with autocast:
-            losses.append(forward(x, y))
         counts.append(y.numel())
+        missing = (0, 0, 0, batch_size - len(x))  # a ragged last batch: of another shape it would be compiled anew
+        with autocast:
+            losses.append(model(F.pad(x, missing), F.pad(y, missing, value=-1)))
     model.train()
     losses = [loss.item() for loss in losses]  # one wait at the end
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from configurator import cli
+from model import GPT
 from shards import shard_header
 
 torch.set_num_threads(1)  # models this small are slower on two
@@ -70,6 +71,21 @@ def call(script, *args):
         for number, handler in before.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Of each forward pass from now on, whether its attention may be cuDNN's, as it may outside of it."""
+    seen, hidden, before = [], GPT.hidden, torch.backends.cuda.cudnn_sdp_enabled()
+
+    def record(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(GPT, "hidden", record)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield seen
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def metrics(out_dir, kind):

@@ -6,9 +6,9 @@ import torch
 from conftest import ROOT
 
 from configurator import UserError
-from distributed import PEAK_FLOPS, World, hardware, pick_device, pick_dtype
+from distributed import PEAK_FLOPS, World, check_tokens, hardware, pick_device, pick_dtype
 
-CPU = torch.device("cpu")
+CPU, MPS = torch.device("cpu"), torch.device("mps")
 
 
 def test_alone():
@@ -95,3 +95,23 @@ def test_no_peak_is_guessed(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware(torch.device("cuda", 0)) == (name, peak)
     assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_refused_on_mps(dtype):
+    assert pick_dtype("auto", MPS) == pick_dtype("float32", MPS) == torch.float32
+    with pytest.raises(UserError, match=f"'{dtype}'.* MPS,.*--dtype=float32"):
+        pick_dtype(dtype, MPS)
+
+
+def test_micro_batches_that_mps_cannot_do_are_refused():
+    check_tokens(32, 1024, MPS)
+    check_tokens(64, 1024, CPU)
+    with pytest.raises(UserError, match=r"33 x seq_len 1024 = 33792 tokens.*--batch_size=32"):
+        check_tokens(33, 1024, MPS)
+
+
+def test_dtype_of_cards(monkeypatch):
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, yes=computes: yes)
+        assert pick_dtype("auto", torch.device("cuda", 0)) == dtype

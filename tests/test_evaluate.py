@@ -188,3 +188,9 @@ def test_data_that_is_not_the_models(folder, data, tmp_path):
     save(folder)
     write_shard(tmp_path / "x_val_000000.bin", [1, 2, 320, 3])  # nothing but the ids themselves says so
     refused("321 ids", f"--model={folder}", f"--data_dir={tmp_path}")
+
+
+def test_attention_is_not_cudnns(folder, data, cudnn):
+    save(folder)
+    evaluate(folder, data)
+    assert set(cudnn) == {False}

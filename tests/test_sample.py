@@ -135,3 +135,17 @@ def test_as_a_user_runs_it(folder):
     done = run("sample.py", f"--model={folder}", "--device=cpu", "--start=é", "--max_new_tokens=20", "--temperature=0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("é")
+
+
+def test_attention_is_not_cudnns(folder, cudnn):
+    assert sample(folder, "--start=Hello").returncode == 0
+    assert set(cudnn) == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_dtype_is_picked_as_in_training(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sample.pick_dtype", lambda *args: asked.append(args) or torch.float64)
+    monkeypatch.setattr("sample.complete", lambda model, *args, **kwargs: [[str(model.wte.weight.dtype)]])
+    assert "torch.float64" in sample(folder, "--dtype=auto").stdout
+    assert asked == [("auto", torch.device("cpu"))]
