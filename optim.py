@@ -118,7 +118,11 @@ class Adafactor(torch.optim.Adafactor):
     def step(self) -> None:
         for group in self.param_groups:
             eps1, eps2 = group["eps"]
-            for p in group["params"]:
+            sizes = torch._foreach_norm(group["params"])  # of the parameters, and of the steps they take
+            torch._foreach_div_(sizes, [math.sqrt(p.numel()) for p in group["params"]])
+            torch._foreach_clamp_min_(sizes, eps2)
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            for p, size in zip(group["params"], sizes, strict=True):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.tensor(0.0)  # on the CPU
@@ -128,7 +132,6 @@ class Adafactor(torch.optim.Adafactor):
                         state["variance"] = torch.zeros_like(p)
                 state["step"] += 1
                 step = state["step"].item()
-                size = rms(p).clamp(min=eps2) * min(group["lr"], step**-0.5)
                 forget = step ** group["beta2_decay"]
                 if p.dim() > 1:
                     row, col = state["row_var"], state["col_var"]
@@ -138,12 +141,11 @@ class Adafactor(torch.optim.Adafactor):
                 else:
                     update = state["variance"].lerp_(p.grad.square(), forget).clone()
                 update.clamp_(min=eps1**2).rsqrt_().mul_(p.grad)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcmul_(update, size / (rms(update) / group["d"]).clamp(min=1.0), value=-1)
+                size /= (rms(update) / group["d"]).clamp_(min=1.0)
+                p.addcmul_(update, size, value=-min(group["lr"], step**-0.5))
 
 
 def rms(x: Tensor, dim: int | None = None) -> Tensor:
     """The root mean square of x, or along dim, which it keeps."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None) / math.sqrt(
-        x.numel() if dim is None else x.size(dim)
-    )
+    n = x.numel() if dim is None else x.size(dim)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None) / math.sqrt(n)
