@@ -125,23 +125,24 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows, int64 (B, T) each."""
+        """Inputs and targets of these windows, int64 (B, T) each. Views of one array would not stay pinned: a copy to a
+        GPU first makes strided rows contiguous."""
         T = self.seq_len
-        rows = np.empty((len(indices), T + 1), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
+        x, y = np.empty((2, len(indices), T), dtype=np.int64)
+        for row, index in enumerate(indices):
             shard = int(np.searchsorted(self.ends, index, side="right"))
             first = int(self.ends[shard - 1]) if shard else 0
             start = (int(index) - first) * T
-            row[:] = self.shards[shard][start : start + T + 1]
-            if row.max() >= self.vocab_size:
+            tokens = self.shards[shard][start : start + T + 1]
+            x[row], y[row] = tokens[:-1], tokens[1:]
+            if tokens.max() >= self.vocab_size:
                 # Only the process that reads this window knows.
                 raise UserError(
-                    f"{self.paths[shard]}: token {start + int(row.argmax())} is {row.max()}, but the vocabulary has "
-                    f"{self.vocab_size} ids; the shard is damaged or of another tokenizer",
+                    f"{self.paths[shard]}: token {start + int(tokens.argmax())} is {tokens.max()}, but the vocabulary "
+                    f"has {self.vocab_size} ids; the shard is damaged or of another tokenizer",
                     alone=True,
                 )
-        tokens = torch.from_numpy(rows)
-        return tokens[:, :-1], tokens[:, 1:]
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 
 class DataGuard:
@@ -266,11 +267,12 @@ def train_batches(
     A background thread reads ahead, so that the accelerator never waits for the disk.
     """
     micro_batches = rows // (batch_size * world_size)
+    on_gpu = device.type == "cuda"  # on MPS a copy that is not waited for may hold anything
 
     def read(step: int) -> list[tuple[Tensor, Tensor]]:
         mine = step_windows(step, rows, len(windows), seed).reshape(micro_batches, world_size, batch_size)[:, rank]
         batches = [windows.read(indices) for indices in mine]
-        if device.type == "cuda":  # pinned memory is copied to the GPU while it computes
+        if on_gpu:  # pinned memory is copied to the GPU while it computes
             batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
         return batches
 
@@ -278,7 +280,7 @@ def train_batches(
         ahead = deque(reader.submit(read, s) for s in (step, step + 1))
         while True:
             for x, y in ahead.popleft().result():
-                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                yield x.to(device, non_blocking=on_gpu), y.to(device, non_blocking=on_gpu)
             step += 1
             ahead.append(reader.submit(read, step + 1))
 

@@ -37,7 +37,7 @@ from configurator import PathStr, UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta
 from distributed import World, pick_dtype
 from huggingface import load_model
-from model import GPT
+from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
 
 
@@ -106,6 +106,7 @@ def exp(loss: float | None) -> float | None:
 
 
 @torch.no_grad()
+@without_cudnn()
 def evaluate(
     model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
     autocast: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,

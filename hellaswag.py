@@ -32,7 +32,7 @@ from distributed import World, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
 from huggingface import encoding_of, load_model
-from model import GPT
+from model import GPT, without_cudnn
 
 if TYPE_CHECKING:
     import tiktoken
@@ -169,6 +169,7 @@ def score(
 
 
 @torch.no_grad()
+@without_cudnn()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),

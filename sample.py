@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from configurator import PathStr, UserError, cli, configure
-from distributed import pick_device
+from distributed import pick_device, pick_dtype
 from huggingface import encoding_of, load_model
 from model import GPT
 
@@ -40,7 +40,7 @@ class SampleConfig:
     top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as in training
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens"):
@@ -59,8 +59,7 @@ def main() -> int:
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device)
     enc = encoding_of(model, tokenizer, path)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    model = model.to(getattr(torch, auto if config.dtype == "auto" else config.dtype)).eval()
+    model = model.to(pick_dtype(config.dtype, device)).eval()
     speed_up(model)
     start = read_start(config.start)
     print(f"{path}, seed {config.seed}\n---", file=sys.stderr, flush=True)

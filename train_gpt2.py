@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import checkpoint
 from configurator import PathStr, UserError, cli, configure, under_torchrun
@@ -47,7 +48,8 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the data order and dropout
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
-    compile: bool = True  # torch.compile: faster steps after a minute of compiling
+    compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
+    cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's, and not flash attention
     deterministic: bool = False  # the same bits whenever it is run, on GPUs too (slower); on CPUs they always are
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
@@ -112,9 +114,10 @@ class TrainConfig:
 
 # Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
 MAY_CHANGE = {
-    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "deterministic", "batch_size", "max_steps", "epochs",
-    "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data",
-    "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
+    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "batch_size",
+    "max_steps", "epochs", "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval",
+    "hellaswag_data", "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval",
+    "log_to",
 }  # fmt: skip
 
 
@@ -355,10 +358,10 @@ def evaluate(run: Run) -> float | None:
     for x, y in val_batches(run.val, config.val_tokens, config.batch_size, world.rank, world.size, world.device):
         if run.stop:
             break
-        forward = run.model if len(x) == config.batch_size else run.model.forward  # no compiling for a ragged last one
-        with run.autocast:
-            losses.append(forward(x, y))
         counts.append(y.numel())
+        missing = (0, 0, 0, config.batch_size - len(x))  # a ragged last batch would be compiled for its own shape
+        with run.autocast:
+            losses.append(run.model(F.pad(x, missing), F.pad(y, missing, value=-1)))
     run.model.train()
     losses = [loss.item() for loss in losses]  # one wait at the end
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
@@ -472,8 +475,12 @@ def check(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenizer: str
     compilers = (
         ("g++", "clang++", "c++") if world.device.type == "cpu" else ("gcc", "clang", "cc")
     )  # Triton's, for CUDA
-    if config.compile and not any(map(shutil.which, compilers)):
+    if compiles(config, world.device) and not any(map(shutil.which, compilers)):
         raise UserError("compile = True needs a C++ compiler; install g++, or use --compile=False")
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile is None else config.compile
 
 
 def open_data(config: TrainConfig, gpt_config: GPTConfig, meta: dict) -> tuple[Windows, Windows | None]:
@@ -529,16 +536,18 @@ def make_run(
     dtype = pick_dtype(config.dtype, world.device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
     optimizers = make_optimizers(
-        model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+        model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if "optimizers" in saved:
         checkpoint.restore(saved, model, optimizers, scaler)
-    if config.compile:
+    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # which it rounds
+    compiled = compiles(config, world.device)
+    if compiled:
         model.compile()
-    example = torch.zeros(config.batch_size, config.seq_len + 1, dtype=torch.int64, device=world.device)
-    with autocast:  # two tensors laid out as a real batch: for others it would be compiled once more
-        wrapped = world.wrap(model, example[:, :-1], example[:, 1:], warm_up=config.compile)
+    example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
+    with autocast:
+        wrapped = world.wrap(model, *example, warm_up=compiled)
     return Run(
         config, plan, world, log, model, wrapped, optimizers, scaler, autocast, val, examples, meta, guard, identity,
         stop=StopRequest(),

@@ -365,3 +365,18 @@ def test_a_shard_that_cannot_be_read_is_a_line(guarded):
         guard.reader.join()
         with pytest.raises(UserError, match=r"x_train_000001\.bin: Is a directory"):
             guard.check()
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_how_batches_are_copied(shards, monkeypatch, device, pinned):
+    """Pinned and not waited for on CUDA alone, and from contiguous rows: others are pinned in vain."""
+    copies, pins = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pins.append(x.data_ptr()) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: copies.append((x, non_blocking)) or x)
+    batches = train_batches(Windows(str(shards), "train", T), 1, 6, 3, 0, 1, torch.device(device), 1)
+    x, y = next(batches)
+    batches.close()
+    assert torch.equal(y, x + 1)
+    assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
+    assert [non_blocking for _, non_blocking in copies] == [pinned] * 2
+    assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins

@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 
 from configurator import TORCHRUN, UserError
-from distributed import PEAK_FLOPS, StopRequest, World, git_commit, hardware, pick_device, pick_dtype
+from distributed import PEAK_FLOPS, StopRequest, World, check_tokens, git_commit, hardware, pick_device, pick_dtype
 
-CPU = torch.device("cpu")
+CPU, MPS = torch.device("cpu"), torch.device("mps")
 
 
 def test_alone():
@@ -19,6 +19,7 @@ def test_alone():
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.agree(lambda: "x") == "x"
+    assert world.spread(lambda x: x + 1, torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
 
@@ -45,6 +46,10 @@ def main():
         assert str(error) == "what rank 0 saw"
     else:
         raise SystemExit("no error")
+    for n, parts in ((7, 3), (6, 2), (1, 1)):  # 7 do not divide by 3
+        batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
+        assert torch.equal(world.spread(lambda x: seen.append(len(x)) or x * 2, batch), batch * 2)
+        assert seen == [parts]
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
     wrapped = world.wrap(model, torch.ones(1, 3))
@@ -155,3 +160,23 @@ def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop
     assert stop.reason == "torchrun is gone"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_refused_on_mps(dtype):
+    assert pick_dtype("auto", MPS) == pick_dtype("float32", MPS) == torch.float32
+    with pytest.raises(UserError, match=f"'{dtype}'.* MPS,.*--dtype=float32"):
+        pick_dtype(dtype, MPS)
+
+
+def test_micro_batches_that_mps_cannot_do_are_refused():
+    check_tokens(32, 1024, MPS)
+    check_tokens(64, 1024, CPU)
+    with pytest.raises(UserError, match=r"33 x seq_len 1024 = 33792 tokens.*--batch_size=32"):
+        check_tokens(33, 1024, MPS)
+
+
+def test_dtype_of_cards(monkeypatch):
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, yes=computes: yes)
+        assert pick_dtype("auto", torch.device("cuda", 0)) == dtype

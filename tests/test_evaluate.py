@@ -200,3 +200,9 @@ def test_a_home_folder(folder, data, monkeypatch):
     save(folder)
     monkeypatch.setenv("HOME", str(data.parent))
     assert evaluate(folder, f"~/{data.name}")["data_dir"] == str(data)
+
+
+def test_attention_is_not_cudnns(folder, data, cudnn):
+    save(folder)
+    evaluate(folder, data)
+    assert set(cudnn) == {False}

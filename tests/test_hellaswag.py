@@ -244,3 +244,8 @@ def test_download(path, tmp_path, monkeypatch):
     (tmp_path / hellaswag.VAL_FILE).write_bytes(data[:-9])
     with pytest.raises(UserError, match=r"hellaswag_val.jsonl.*sha256"):
         hellaswag.download()
+
+
+def test_attention_is_not_cudnns(path, cudnn):
+    hellaswag.score(make(), hellaswag.load(path, BYTES, 64), 1000, World("cpu"), EAGER)
+    assert set(cudnn) == {False}

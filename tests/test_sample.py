@@ -200,3 +200,17 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(tmp_path):
     done = sample(tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "257 ids, but its vocab_size is 200" in done.stderr
+
+
+def test_attention_is_not_cudnns(folder, cudnn):
+    assert sample(folder, "--start=Hello").returncode == 0
+    assert set(cudnn) == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_dtype_is_picked_as_in_training(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sample.pick_dtype", lambda *args: asked.append(args) or torch.float64)
+    monkeypatch.setattr("sample.complete", lambda model, *args, **kwargs: [[str(model.wte.weight.dtype)]])
+    assert "torch.float64" in sample(folder, "--dtype=auto").stdout
+    assert asked == [("auto", torch.device("cpu"))]
