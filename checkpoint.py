@@ -3,20 +3,31 @@
 import dataclasses
 import re
 import sys
+import typing
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from configurator import UserError
+from configurator import UserError, check
 from distributed import World
 from files import remove_partial, whole_file
 from metrics import Metrics, read_metrics
-from model import GPTConfig
+from model import GPT, GPTConfig
 
-STATE = {"model", "step", "gpt_config", "tokenizer"}  # what makes it a model that can speak
+# What makes it a model that can speak, a run that can go on, and parts of that; each with its types.
+SPEAKS = {"model": (OrderedDict, dict), "step": (int,), "gpt_config": (dict,), "tokenizer": (str, NoneType)}
+GOES_ON = {
+    "config": (dict,), "optimizers": (list,), "scaler": (dict,), "data": (dict,), "best": (dict,), "skipped": (int,),
+    "stopped": (bool,), "target_reached": (bool,),
+}  # fmt: skip
+BEST = {"step": (int, NoneType), "val_loss": (float,)}
+SCALER = {"scale": (float,), "_growth_tracker": (int,)}
 
 
 def path_of(out_dir: str, step: int) -> Path:
@@ -36,7 +47,8 @@ def find(out_dir: str) -> list[Path]:
 
 def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
     """Write `state` as the checkpoint of its step, then delete all older ones but the newest `keep` (0: none) and the
-    best. Raises OSError where the disk is full or fails; then all older ones are as they were."""
+    best. Raises OSError where the disk is full or fails; then all older ones are as they were. One that cannot be
+    deleted is a line on stderr."""
     path = path_of(out_dir, state["step"])
     remove_partial(out_dir, "ckpt_*.pt")
     with whole_file(path) as file:
@@ -49,7 +61,10 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
         older = [old for old in find(out_dir) if step_of(old) <= state["step"]]
         for old in older[keep:]:
             if step_of(old) != best_step:
-                old.unlink()
+                try:
+                    old.unlink(missing_ok=True)
+                except OSError as error:  # the new one is saved all the same
+                    print(f"{old} cannot be deleted: {error.strerror}", file=sys.stderr, flush=True)
     return path
 
 
@@ -58,17 +73,19 @@ def fault(path: Path) -> str | None:
 
     torch.load checks no checksum, so that a damaged file would load silently. Nothing in the file is executed.
     """
+    if not path.is_file():
+        return "is not a file"
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return "is damaged"
         state = load(path)
+        if not isinstance(state, dict) or misfits(state, SPEAKS):
+            return "is not a checkpoint of a run"
+        if step_of(path) not in (None, state["step"]):
+            return f"holds step {state['step']}, which is not what its name says"
     except Exception:  # a damaged file fails in many ways
         return "is damaged, or not a checkpoint"
-    if not isinstance(state, dict) or not state.keys() >= STATE:
-        return "is not a checkpoint of a run"
-    if step_of(path) not in (None, state["step"]):
-        return f"holds step {state['step']}, which is not what its name says"
     return None
 
 
@@ -78,11 +95,17 @@ def load(path: Path) -> dict:
 
 
 def load_run(path: Path) -> dict:
-    """The same of a checkpoint that a run can go on from. Raises UserError for one that only holds a model."""
+    """The same of a checkpoint that a run can go on from, and its path. Raises UserError for one that only holds a
+    model, or that no run has written, as far as types and sizes say it."""
     saved = load(path)
-    if missing := {"config", "optimizers", "scaler", "data"} - saved.keys():
-        raise UserError(f"{path}: has no {', '.join(missing)} to go on from; use it with --init_from")
-    return saved
+    if missing := GOES_ON.keys() - saved.keys():
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
+    check_types(saved, GOES_ON, f"{path}:")
+    check_types(saved["best"], BEST, f"{path}: best")
+    if saved["scaler"]:
+        check_types(saved["scaler"], SCALER, f"{path}: scaler")
+    gpt_config(saved, path)
+    return saved | {"path": path}
 
 
 def newest_whole(out_dir: str) -> Path | None:
@@ -169,10 +192,10 @@ def as_it_was(saved: dict, asked: Any, given: dict[str, str], may_change: Collec
 
     `given` says where each was set. Raises UserError where a value that would make it another run was given anew.
     """
-    values = {}
+    values, hints = {}, typing.get_type_hints(type(asked))
     for field in dataclasses.fields(asked):
-        name = field.name
-        have, want = saved.get(name, field.default), getattr(asked, name)
+        name, want = field.name, getattr(asked, field.name)
+        have = check(name, saved.get(name, field.default), hints, str(path))
         if name in given and want != have and name not in may_change:
             raise UserError(
                 f"{given[name]}: {name} = {want!r}, but this run has {have!r} ({path}); go on with that, or start anew"
@@ -185,8 +208,109 @@ def as_it_was(saved: dict, asked: Any, given: dict[str, str], may_change: Collec
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
-    """The architecture of a checkpoint. Raises UserError where this version of the model does not know it."""
+    """The architecture of a checkpoint. Raises UserError where this version of the model does not know it, or the file
+    is too small for it."""
+    hints, where = typing.get_type_hints(GPTConfig), f"{path}: its gpt_config is not one of this version of model.py"
     try:
-        return GPTConfig(**state["gpt_config"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its gpt_config is not one of this version of model.py: {error}") from None
+        config = GPTConfig(**{str(name): check(str(name), v, hints, where) for name, v in state["gpt_config"].items()})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    check_size(config, len(state["model"]), path.stat().st_size, f"{path}: its gpt_config")
+    return config
+
+
+def check_size(config: GPTConfig, tensors: int, size: int, where: str) -> None:
+    """Before such a model is built: raises UserError where so many tensors, of `size` bytes together, cannot be one."""
+    C = config.n_embd
+    embedding = C * (config.vocab_size + (config.block_size if config.pos == "learned" else 0))
+    least = embedding + config.n_layer * C * (4 * C + 2 * (config.mlp_hidden or C))
+    if config.n_layer > tensors or least > size:
+        raise UserError(
+            f"{where} has n_layer = {config.n_layer} and {least:,} parameters or more, but the weights are only "
+            f"{tensors:,} tensors and {size:,} bytes"
+        )
+
+
+def check_types(values: dict, types: dict[str, tuple], where: str) -> None:
+    for name in misfits(values, types):
+        raise UserError(f"{where} {name} is missing, or of a type that no run has written")
+
+
+def misfits(values: dict, types: dict[str, tuple]) -> list[str]:
+    """The names that are missing or of another type; a subclass is another (True is no step)."""
+    return [name for name, allowed in types.items() if name not in values or type(values[name]) not in allowed]
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
+    """Put weights into a model: copies of them, or themselves (assign). Raises UserError, naming the tensor, where they
+    are not the model's float32 weights, all of them and no others."""
+    check_tensors(weights, {name: p.shape for name, p in model.state_dict().items()}, f"{path}:")
+    model.load_state_dict(weights, assign=assign)
+    if assign and model.config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+
+
+def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Give the model's optimizers and the scaler the state they had: copies, so that the file need not stay mapped.
+
+    Their settings (betas, weight decay, ...) stay as they are: they follow from the run's options. Raises UserError,
+    naming the tensor, where one is not what such an optimizer has: fused code would read and write past its end.
+    """
+    path, names = saved["path"], {p: name for name, p in model.named_parameters()}
+    states = [part.get("state") if isinstance(part, dict) else None for part in saved["optimizers"]]
+    if len(states) != len(optimizers) or not all(isinstance(state, dict) for state in states):
+        raise UserError(f"{path}: its optimizers are not the {len(optimizers)} of this run")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if state and state.keys() != set(range(len(params))):  # none, where all steps were skipped
+            raise UserError(f"{path}: its optimizers have state of {len(state)} parameters, not of {len(params)}")
+        copies: dict[int, dict[str, Tensor]] = {}
+        for i, tensors in state.items():
+            p = params[i]
+            check_tensors(tensors, state_shapes(optimizer, p), f"{path}: the optimizer's state of {names[p]}:")
+            copies[i] = {
+                name: value.to("cpu" if name == "step" else p.device, copy=True, memory_format=torch.contiguous_format)
+                for name, value in tensors.items()
+            }
+        optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(scaler.state_dict() | {name: saved["scaler"][name] for name in SCALER})
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
+    """What torch's optimizers keep of a parameter, in float32."""
+    match optimizer:
+        case torch.optim.AdamW():
+            return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        case torch.optim.Muon():
+            return {"momentum_buffer": p.shape}
+        case torch.optim.Adafactor() if p.dim() > 1:
+            return {"step": (), "row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
+        case torch.optim.Adafactor():
+            return {"step": (), "variance": p.shape}
+    raise NotImplementedError(type(optimizer))
+
+
+def check_tensors(tensors: Any, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raises UserError where these are not plain float32 tensors of these names and shapes, all of them, on the CPU."""
+    if not isinstance(tensors, dict):
+        raise UserError(f"{where} no tensors, but of type {type(tensors).__name__}")
+    for name, shape in shapes.items():
+        have, want = spell(tensors.get(name)), f"float32 {tuple(shape)}"
+        if have != want:
+            raise UserError(f"{where} {name} is {have}, but it must be {want}")
+    if foreign := tensors.keys() - shapes.keys():
+        raise UserError(f"{where} {min(map(str, foreign))} has no place in it ({len(foreign)} such names)")
+
+
+def spell(value: Any) -> str:
+    """What a message calls it: float32 (3, 4)."""
+    if not plain(value):
+        return "missing" if value is None else f"no plain tensor but of type {type(value).__name__}"
+    return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+
+
+def plain(value: Any) -> bool:
+    """Whether it is a tensor that holds its numbers one by one on the CPU: not sparse, nested or without any."""
+    is_tensor = isinstance(value, Tensor) and not value.is_nested
+    return is_tensor and value.layout == torch.strided and value.device.type == "cpu"

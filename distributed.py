@@ -1,5 +1,6 @@
 """One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
+import math
 import os
 import platform
 import re
@@ -119,6 +120,17 @@ class World:
             value /= self.size
         return value
 
+    def spread(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """function(batch), which maps each row by itself to one of the same shape: every rank does a part of the rows,
+        and has all results."""
+        if self.size == 1:
+            return function(batch)
+        share = math.ceil(len(batch) / self.size)
+        padded = torch.cat([batch, batch.new_zeros(share * self.size - len(batch), *batch.shape[1:])])
+        results = torch.empty(padded.shape, dtype=padded.dtype, device=padded.device)
+        dist.all_gather(list(results.split(share)), function(padded[self.rank * share :][:share]).contiguous())
+        return results[: len(batch)]
+
     def agree(self, decide: Callable[[], Any]) -> Any:
         """What `decide` returns on rank 0, on every rank; a UserError it raises there is every rank's."""
         value = error = None
@@ -184,11 +196,21 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on the cards that compute in it, float16 on older ones, float32 elsewhere."""
+    if device.type == "mps" and dtype in ("bfloat16", "float16"):
+        # https://github.com/pytorch/pytorch/issues/195910
+        raise UserError(f"dtype = {dtype!r}: on MPS, causal attention in it sees the future; use --dtype=float32")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_tokens(batch_size: int, seq_len: int, device: torch.device) -> None:
+    """Raises UserError where gradients of a micro-batch so large would be wrong."""
+    if device.type == "mps" and batch_size * seq_len > 32768:  # https://github.com/pytorch/pytorch/issues/177116
+        tokens = f"batch_size {batch_size} x seq_len {seq_len} = {batch_size * seq_len} tokens"
+        raise UserError(f"{tokens}: above 32768 MPS computes wrong gradients; use --batch_size={32768 // seq_len}")
 
 
 def hardware(device: torch.device) -> tuple[str, float | None]:

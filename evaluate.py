@@ -15,6 +15,11 @@ and without a meta.json words, bytes and what follows from them are null. On the
 stride, the loss is train_gpt2.py's val_loss.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
 import contextlib
 import json
 import math
@@ -28,18 +33,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import UserError, cli, configure
+from configurator import PathStr, UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta
 from distributed import World, pick_dtype
 from huggingface import load_model
-from model import GPT
-from tokenizer import get_tokenizer, token_bytes
+from model import GPT, without_cudnn
+from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    data_dir: str = "data/fineweb_edu10B"  # token shards, made by fineweb.py with the model's tokenizer
+    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    data_dir: PathStr = "data/fineweb_edu10B"  # token shards, made by fineweb.py with the model's tokenizer
     split: Literal["val", "train"] = "val"
     tokens: int | None = None  # predict the first so many only; None: all
     seq_len: int | None = None  # tokens in a window; None: the model's block_size
@@ -61,10 +66,7 @@ def main() -> int:
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     meta = read_meta(config.data_dir)
     its_tokenizer = data_tokenizer(config.data_dir, meta, vocab_size)
-    if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
-        names = ["a tokenizer.json" if name.startswith("{") else name for name in (tokenizer, its_tokenizer)]
-        other = "another " if names[0] == names[1] else ""
-        raise UserError(f"{path} was trained with {names[0]}, but {config.data_dir} was made with {other}{names[1]}")
+    check_same_tokenizer(tokenizer, its_tokenizer, path, config.data_dir)
     shards = Windows(config.data_dir, config.split, 1).shards
     ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
     if ids > vocab_size:
@@ -104,6 +106,7 @@ def exp(loss: float | None) -> float | None:
 
 
 @torch.no_grad()
+@without_cudnn()
 def evaluate(
     model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
     autocast: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
@@ -133,7 +136,7 @@ def read_windows(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets of windows of the stream, (B, T) each. Window i begins at i * stride; targets that the one
     before it has predicted, and those past the first `tokens`, are -1."""
-    x = torch.zeros(len(numbers), seq_len, dtype=torch.int64)
+    x = torch.zeros(len(numbers), min(seq_len, tokens), dtype=torch.int64)
     y = torch.full_like(x, -1)
     for row, number in enumerate(numbers):
         start = number * stride

@@ -9,6 +9,11 @@ per token. Texts are rendered as GPT-2 reproductions do: the tokens of the conte
 Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
 import contextlib
 import hashlib
 import json
@@ -22,13 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import UserError, cli, configure
+from configurator import PathStr, UserError, cli, configure
 from distributed import World, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
-from huggingface import load_model
-from model import GPT
-from tokenizer import get_tokenizer
+from huggingface import encoding_of, load_model
+from model import GPT, without_cudnn
 
 if TYPE_CHECKING:
     import tiktoken
@@ -40,8 +44,8 @@ VAL_FILE = "data/hellaswag/hellaswag_val.jsonl"
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    data: str | None = None  # a .jsonl of examples; None: the validation set, downloaded once
+    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     limit: int | None = None  # score the first so many examples only
     batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
@@ -64,10 +68,8 @@ def main() -> int:
     config, _ = configure(HellaSwagConfig)
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device)
-    if tokenizer is None:
-        raise UserError(f"{path}: its tokenizer is not known, so it cannot read the examples")
-    block_size = model.config.block_size
-    examples = world.agree(lambda: load(config.data, get_tokenizer(tokenizer), block_size, config.limit))
+    enc, block_size = encoding_of(model, tokenizer, path), model.config.block_size
+    examples = world.agree(lambda: load(config.data, enc, block_size, config.limit))
     if config.compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     dtype = pick_dtype(config.dtype, world.device)
@@ -85,10 +87,9 @@ def load(path: str | None, enc: "tiktoken.Encoding", block_size: int, limit: int
     The start of a context is cut off where the longest ending would not fit into block_size behind it. Raises UserError
     for what is not an example, by its line, and where there is none.
     """
-    path = path or download()
-    examples = []
+    examples, name = [], path or VAL_FILE
     try:
-        with open(path, "rb") as file:
+        with open(path or download(), "rb") as file:
             for line in islice(file, limit):
                 context, endings, label = parse(line)
                 context, *endings = map(enc.encode_ordinary, [context, *(" " + ending for ending in endings)])
@@ -98,11 +99,11 @@ def load(path: str | None, enc: "tiktoken.Encoding", block_size: int, limit: int
                 room = block_size + 1 - longest  # its last token is predicted, not read
                 examples.append(Example(context[-room:], endings, label))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{name}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path}:{len(examples) + 1}: {error}") from None
+        raise UserError(f"{name}:{len(examples) + 1}: {error}") from None
     if not examples:
-        raise UserError(f"{path}: no examples in it")
+        raise UserError(f"{name}: no examples in it")
     return examples
 
 
@@ -110,7 +111,7 @@ def parse(line: bytes) -> tuple[str, list[str], int]:
     """A line of the file to context, four endings, and the number of the right one. Raises ValueError."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("not JSON; is the file damaged?") from None
     for name in ("ctx", "endings", "label"):
         if not isinstance(row, dict) or name not in row:
@@ -168,6 +169,7 @@ def score(
 
 
 @torch.no_grad()
+@without_cudnn()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),

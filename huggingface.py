@@ -6,6 +6,12 @@ writes a folder that transformers and what builds on it load: learned + layernor
 rope + rmsnorm + swiglu as LlamaForCausalLM. A model that is not exactly one of these is refused.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +19,7 @@ import re
 import shutil
 import sys
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +29,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from configurator import UserError, check, cli, configure, nearest
+from configurator import PathStr, UserError, check, cli, configure, is_out_of_memory, nearest
+from dataloader import data_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import ENDOFTEXT, get_tokenizer, to_json
+from tokenizer import ENDOFTEXT, check_same_tokenizer, get_tokenizer, same_tokenizer, to_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # By model_type, GPTConfig's fields: (their name in config.json, what holds where config.json does not say).
@@ -53,8 +60,8 @@ LLAMA_MODULES = {
 
 @dataclass(frozen=True)
 class ExportConfig:
-    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    out_dir: str | None = None  # the folder to write; must not exist yet, or be empty
+    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    out_dir: PathStr | None = None  # the folder to write; must not exist yet, or be empty
 
 
 def main() -> int:
@@ -104,17 +111,32 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
     elif wrong := checkpoint.fault(path):
         raise UserError(f"{path} {wrong}")
     state = checkpoint.load(path)
-    model = with_weights(checkpoint.gpt_config(state, path), state["model"])
+    model = without_weights(checkpoint.gpt_config(state, path))
+    checkpoint.load_weights(model, state["model"], path, assign=True)
     return model.to(device), state["tokenizer"], path
 
 
-def starting_weights(source: str, asked: GPTConfig, given: Collection[str], vocab_size: int) -> tuple[GPTConfig, dict]:
+def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> tiktoken.Encoding:
+    """The tokenizer of a loaded model. Raises UserError where it is not known, or has ids that the model has not."""
+    if tokenizer is None:
+        raise UserError(f"{path}: its tokenizer is not known, and without one its ids have no text")
+    enc = get_tokenizer(tokenizer)
+    if enc.n_vocab > model.config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {enc.n_vocab} ids, but its vocab_size is {model.config.vocab_size}")
+    return enc
+
+
+def starting_weights(
+    source: str, asked: GPTConfig, given: Collection[str], data_dir: str, meta: dict
+) -> tuple[GPTConfig, dict]:
     """Weights to start from (source as load_model's name) and their architecture: dropout as asked, block_size cropped,
-    vocab_size padded (to the data's where none is given). Raises UserError where anything else that was given differs.
+    vocab_size padded (to the data's, as its meta.json has it, where none is given). Raises UserError where anything
+    else that was given differs, or the data has another tokenizer.
     """
-    model, _, path = load_model(source, torch.device("cpu"))
+    model, tokenizer, path = load_model(source, torch.device("cpu"))
     theirs = model.config
-    changes: dict = {"vocab_size": max(theirs.vocab_size, vocab_size)}
+    check_same_tokenizer(tokenizer, data_tokenizer(data_dir, meta, theirs.vocab_size), path, data_dir)
+    changes: dict = {"vocab_size": max(theirs.vocab_size, meta.get("vocab_size", 0))}
     for field in dataclasses.fields(GPTConfig):
         name, want, have = field.name, getattr(asked, field.name), getattr(theirs, field.name)
         if name not in given or want == have:
@@ -132,14 +154,6 @@ def starting_weights(source: str, asked: GPTConfig, given: Collection[str], voca
         rows = config.vocab_size - theirs.vocab_size
         weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows, -1)])
     return config, weights
-
-
-def with_weights(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    model = without_weights(config)
-    model.load_state_dict(weights, assign=True)
-    if config.tie_weights:
-        model.lm_head.weight = model.wte.weight
-    return model
 
 
 def without_weights(config: GPTConfig) -> GPT:
@@ -193,9 +207,12 @@ def download(name: str) -> Path:
 
 def load_folder(folder: Path) -> GPT:
     """The model of a Hugging Face folder, in float32. Raises UserError, naming the file and the setting or tensor."""
-    config = to_gpt_config(read_json(folder / "config.json"), f"{folder}/config.json")
-    tensors, where = read_tensors(folder)
-    weights = {}
+    with reading(folder / "config.json"):
+        config = to_gpt_config(read_json(folder / "config.json"), f"{folder}/config.json")
+    where, files = weight_files(folder)
+    tensors, weights = read_tensors(files), {}
+    size = sum(file.stat().st_size for file in files)
+    checkpoint.check_size(config, len(tensors), size, f"{folder}/config.json")
     for theirs, (ours, shape) in layout(config).items():
         if theirs not in tensors:
             raise UserError(f"{where}: no tensor {theirs}, which config.json calls for")
@@ -213,7 +230,9 @@ def load_folder(folder: Path) -> GPT:
         del tensors["lm_head.weight"]  # tied, yet written a second time
     if tensors:
         raise UserError(f"{where}: {min(tensors)} has no place in config.json's model ({len(tensors)} such tensors)")
-    return with_weights(config, weights)
+    model = without_weights(config)
+    checkpoint.load_weights(model, weights, where, assign=True)
+    return model
 
 
 def to_gpt_config(data: dict, where: str) -> GPTConfig:
@@ -252,58 +271,72 @@ def to_gpt_config(data: dict, where: str) -> GPTConfig:
     return config
 
 
-def read_text(path: Path) -> str:
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raises UserError, naming the file, for whatever goes wrong within: a damaged file fails in many ways."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{file}: cannot be read: {type(error).__name__}: {str(error)[:300]}") from None
 
 
 def read_json(path: Path) -> dict:
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON: {error}") from None
+    data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return data
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of model.safetensors (else pytorch_model.bin), whole or in parts, and the file that holds or lists
-    them. Names lose `transformer.` or `model.`; buffers that old files hold (masks, RoPE's table) are left out."""
+def weight_files(folder: Path) -> tuple[Path, set[Path]]:
+    """What holds or lists the weights, model.safetensors or else pytorch_model.bin, and the files that hold them."""
     names = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     where = next((folder / name for name in names if (folder / name).is_file()), None)
     if where is None:
         raise UserError(f"{folder}: no model.safetensors (nor its index, nor pytorch_model.bin) beside config.json")
-    files = {where}
-    if where.suffix == ".json":
-        files = {folder / file for file in read_json(where).get("weight_map", {}).values()}
+    if where.suffix != ".json":
+        return where, {where}
+    with reading(where):
+        parts = set(read_json(where)["weight_map"].values())
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise UserError(f"{where}: {min(outside)!r} is not a file in its folder")
+    if missing := [part for part in parts if not (folder / part).is_file()]:
+        raise UserError(f"{where}: {min(missing)} is not there")
+    return where, {folder / part for part in parts}
+
+
+def read_tensors(files: set[Path]) -> dict[str, Tensor]:
+    """All tensors. Names lose `transformer.` or `model.`; buffers that old files hold (masks, RoPE's table) are left
+    out."""
     tensors = {}
     for file in sorted(files):
-        try:
+        with reading(file):
             if file.suffix == ".safetensors":
-                tensors |= safetensors.torch.load_file(file)
+                part = safetensors.torch.load_file(file)
             else:
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways
-            first_line = str(error).partition("\n")[0]
-            raise UserError(f"{file}: cannot be read: {first_line}") from None
+                part = torch.load(file, map_location="cpu", weights_only=True)
+            for name, tensor in part.items():
+                if not checkpoint.plain(tensor):
+                    raise UserError(f"{file}: {name} is no plain tensor")
+                tensors[re.sub(r"^(transformer|model)\.", "", name)] = tensor.detach()
     buffers = r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq"
-    short = {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in short.items() if not re.fullmatch(buffers, name)}, where
+    return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(buffers, name)}
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> str | None:
     """The folder's tokenizer as a checkpoint keeps it; None where it has none, or one that splits text in other ways
     than ours (then a line on stderr says so)."""
     if (folder / "tokenizer.json").is_file():
-        content = read_text(folder / "tokenizer.json")
+        with reading(folder / "tokenizer.json"):
+            content = json.dumps(read_json(folder / "tokenizer.json"), ensure_ascii=False)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():  # GPT-2's own two files
-        vocab = read_json(folder / "vocab.json")
-        lines = read_text(folder / "merges.txt").split("\n")
+        with reading(folder / "vocab.json"):
+            vocab = read_json(folder / "vocab.json")
+        with reading(folder / "merges.txt"):
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines[lines[0].startswith("#version") :] if line]
         ordinary = {merge.replace(" ", "") for merge in merges}
         data = {
@@ -321,12 +354,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> str | None:
         return None
     if enc.n_vocab > vocab_size:
         raise UserError(f"{folder}: its tokenizer has {enc.n_vocab} ids, but config.json's vocab_size is {vocab_size}")
-    for name, n_vocab in (("gpt2", 50257), ("bytes", 257)):
-        if enc.n_vocab == n_vocab:
-            known = get_tokenizer(name)
-            if (enc._mergeable_ranks, enc._special_tokens) == (known._mergeable_ranks, known._special_tokens):
-                return name
-    return content
+    known = {50257: "gpt2", 257: "bytes"}.get(enc.n_vocab, content)
+    return known if same_tokenizer(known, content) else content
 
 
 # ---- out

@@ -1,10 +1,18 @@
 """Plots of a run: python report.py RUN_FOLDER [...] writes loss.png and lr.png into each."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
+import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, check, cli, configure
+from files import whole_file
 from metrics import read_metrics
 
 
@@ -24,6 +32,7 @@ def main() -> int:
         raise UserError("which run? python report.py RUN_FOLDER, e.g. out/quickstart")
     for folder in folders:
         check("folder", folder, {"folder": str}, "RUN_FOLDER")
+        folder = os.path.expanduser(folder)
         path = Path(folder, "metrics.jsonl")
         try:
             if not path.exists():
@@ -33,7 +42,7 @@ def main() -> int:
             for written in plot(records, Path(folder), config.dpi):
                 print(written)
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+            raise UserError(f"{error.filename or path}: {error.strerror}") from None
         except RecursionError:
             raise UserError(f"{path}: damaged: a record is nested too deeply") from None
     return 0
@@ -87,8 +96,14 @@ def plot(records: list[dict], folder: Path, dpi: int) -> list[Path]:
         axes.grid(alpha=0.3)
         if lines[0][0]:
             axes.legend()
-        figure.savefig(folder / name, dpi=dpi)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=dpi)
         plt.close(figure)
+        try:
+            with whole_file(folder / name) as file:
+                file.write(picture.getbuffer())
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}") from None
         paths.append(folder / name)
     return paths
 

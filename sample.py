@@ -5,7 +5,13 @@ python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
 python sample.py --model=gpt2 --start="Once upon a time"
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
 import codecs
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from configurator import UserError, cli, configure
-from distributed import pick_device
-from huggingface import load_model
+from configurator import PathStr, UserError, cli, configure
+from distributed import pick_device, pick_dtype
+from huggingface import encoding_of, load_model
 from model import GPT
-from tokenizer import get_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model: str | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
     start: str = ""  # text to continue, or FILE:path; empty: the start of a document
     num_samples: int = 1  # made together as one batch; the first is streamed
     max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
@@ -35,7 +40,7 @@ class SampleConfig:
     top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as in training
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens"):
@@ -53,18 +58,10 @@ def main() -> int:
     config, _ = configure(SampleConfig)
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device)
-    if tokenizer is None:
-        raise UserError(f"{path}: its tokenizer is not known, so its ids have no text")
-    enc = get_tokenizer(tokenizer)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    model = model.to(getattr(torch, auto if config.dtype == "auto" else config.dtype)).eval()
+    enc = encoding_of(model, tokenizer, path)
+    model = model.to(pick_dtype(config.dtype, device)).eval()
     speed_up(model)
-    start = config.start
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--start={config.start}: {error}") from None
+    start = read_start(config.start)
     print(f"{path}, seed {config.seed}\n---", file=sys.stderr, flush=True)
 
     texts = [start] * config.num_samples
@@ -79,10 +76,28 @@ def main() -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         pass  # enough text
+    except FloatingPointError as error:
+        print()
+        raise UserError(f"{path}: {error}") from None
     print()
     for text in texts[1:]:
         print(f"---\n{text}")
     return 0
+
+
+def read_start(start: str) -> str:
+    """The text to continue: `start`, or the content of the file that FILE:path names."""
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(os.path.expanduser(start.removeprefix("FILE:")))
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--start=FILE:{path}: not a regular file")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--start=FILE:{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--start=FILE:{path}: not a text in UTF-8") from None
 
 
 def speed_up(model: GPT) -> None:
@@ -102,7 +117,7 @@ def complete(
     """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
 
     An empty start is the start of a document. `<|endoftext|>` in the start is the special token. The last piece holds
-    the bytes of a character that was left unfinished, as U+FFFD.
+    the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as GPT.generate does.
     """
     device = model.wte.weight.device
     ids = enc.encode(start, allowed_special={"<|endoftext|>"}, disallowed_special=()) or [enc.eot_token]

@@ -61,6 +61,22 @@ def tokenizer_content(name: str) -> str:
         raise UserError(f"tokenizer {name}: not a text file") from None
 
 
+def same_tokenizer(a: str, b: str) -> bool:
+    """Whether two tokenizers give the same ids. One that was written to a .json and read back has another spelling."""
+    if a == b:
+        return True
+    x, y = get_tokenizer(a), get_tokenizer(b)
+    return (x._mergeable_ranks, x._special_tokens) == (y._mergeable_ranks, y._special_tokens)
+
+
+def check_same_tokenizer(of_model: str | None, of_data: str | None, model: str | Path, data_dir: str) -> None:
+    """Raises UserError where a model and data were made with different tokenizers; None: not known, which passes."""
+    if of_model and of_data and not same_tokenizer(of_model, of_data):
+        names = ["a tokenizer.json" if name.startswith("{") else name for name in (of_model, of_data)]
+        other = "another " if names[0] == names[1] else ""
+        raise UserError(f"{model} was trained with {names[0]}, but {data_dir} was made with {other}{names[1]}")
+
+
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
     """The length in bytes of every id, int64 (n_vocab,); 0 for special tokens and ids that are not in use."""
     specials = {enc.encode_single_token(special) for special in enc.special_tokens_set}

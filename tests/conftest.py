@@ -16,6 +16,7 @@ import torch
 
 from configurator import cli
 from distributed import StopRequest
+from model import GPT
 from shards import shard_header
 
 SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
@@ -72,6 +73,21 @@ def call(script, *args):
         for number, handler in before.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Of each forward pass from now on, whether its attention may be cuDNN's, as it may outside of it."""
+    seen, hidden, before = [], GPT.hidden, torch.backends.cuda.cudnn_sdp_enabled()
+
+    def record(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(GPT, "hidden", record)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield seen
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def metrics(out_dir, kind):

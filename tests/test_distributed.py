@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -5,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from configurator import UserError
-from distributed import PEAK_FLOPS, World, hardware, pick_device, pick_dtype
+from configurator import TORCHRUN, UserError
+from distributed import PEAK_FLOPS, StopRequest, World, check_tokens, git_commit, hardware, pick_device, pick_dtype
 
-CPU = torch.device("cpu")
+CPU, MPS = torch.device("cpu"), torch.device("mps")
 
 
 def test_alone():
@@ -17,6 +19,7 @@ def test_alone():
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.agree(lambda: "x") == "x"
+    assert world.spread(lambda x: x + 1, torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
 
@@ -43,6 +46,10 @@ def main():
         assert str(error) == "what rank 0 saw"
     else:
         raise SystemExit("no error")
+    for n, parts in ((7, 3), (6, 2), (1, 1)):  # 7 do not divide by 3
+        batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
+        assert torch.equal(world.spread(lambda x: seen.append(len(x)) or x * 2, batch), batch * 2)
+        assert seen == [parts]
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
     wrapped = world.wrap(model, torch.ones(1, 3))
@@ -90,3 +97,86 @@ def test_no_peak_is_guessed(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware(torch.device("cuda", 0)) == (name, peak)
     assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
+
+
+@pytest.mark.parametrize(
+    "given", [{"WORLD_SIZE": "4"}, {"RANK": "0"}, {"LOCAL_RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}]
+)
+def test_half_of_torchruns_environment_is_refused(monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{next(n for n in TORCHRUN if n in given)} is set, but not .*MASTER_ADDR"):
+        World("cpu")
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node1")  # as a job script exports it for whatever comes
+    assert World("cpu").size == 1
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(UserError, match="must be numbers"):
+        World("cpu")
+
+
+def test_the_commit_is_that_of_this_code(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    here = git_commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit() == here
+
+
+@pytest.fixture
+def handlers():
+    numbers = [getattr(signal, name) for name in StopRequest.SIGNALS]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", StopRequest.SIGNALS)
+def test_a_signal_is_a_request_to_stop(handlers, name):
+    stop = StopRequest()
+    assert not stop
+    os.kill(os.getpid(), getattr(signal, name))
+    assert stop
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
+    assert stop.reason == name
+
+
+def test_nohup_keeps_its_meaning(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop
+
+
+def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch):
+    assert not StopRequest()  # alone, a parent may die: the shell that started it
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    stop = StopRequest()
+    assert not stop
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop
+    assert stop.reason == "torchrun is gone"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_refused_on_mps(dtype):
+    assert pick_dtype("auto", MPS) == pick_dtype("float32", MPS) == torch.float32
+    with pytest.raises(UserError, match=f"'{dtype}'.* MPS,.*--dtype=float32"):
+        pick_dtype(dtype, MPS)
+
+
+def test_micro_batches_that_mps_cannot_do_are_refused():
+    check_tokens(32, 1024, MPS)
+    check_tokens(64, 1024, CPU)
+    with pytest.raises(UserError, match=r"33 x seq_len 1024 = 33792 tokens.*--batch_size=32"):
+        check_tokens(33, 1024, MPS)
+
+
+def test_dtype_of_cards(monkeypatch):
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, yes=computes: yes)
+        assert pick_dtype("auto", torch.device("cuda", 0)) == dtype

@@ -180,7 +180,7 @@ def refused(message, *args):
 def test_data_that_is_not_the_models(folder, data, tmp_path):
     for tokenizer, flags, message in [
         ("gpt2", dict(), "trained with gpt2, but"),
-        ('{"model": 1}', dict(), "trained with a tokenizer.json, but"),
+        ('{"model": 1}', dict(), "not a byte-level BPE"),
         ("bytes", dict(vocab_size=200), "257 ids"),
     ]:
         save(folder, tokenizer, **flags)
@@ -188,3 +188,21 @@ def test_data_that_is_not_the_models(folder, data, tmp_path):
     save(folder)
     write_shard(tmp_path / "x_val_000000.bin", [1, 2, 320, 3])  # nothing but the ids themselves says so
     refused("321 ids", f"--model={folder}", f"--data_dir={tmp_path}")
+
+
+def test_a_context_far_longer_than_the_data_costs_nothing(folder, data, tokens):
+    model = save(folder, pos="rope", block_size=2**60)
+    out = evaluate(folder, data)
+    assert out["loss"] == pytest.approx(one_by_one(model, tokens, 2**60, 2**60), abs=1e-5)
+
+
+def test_a_home_folder(folder, data, monkeypatch):
+    save(folder)
+    monkeypatch.setenv("HOME", str(data.parent))
+    assert evaluate(folder, f"~/{data.name}")["data_dir"] == str(data)
+
+
+def test_attention_is_not_cudnns(folder, data, cudnn):
+    save(folder)
+    evaluate(folder, data)
+    assert set(cudnn) == {False}

@@ -29,17 +29,22 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import tokenizers
-from conftest import call, run
+import torch
+from conftest import TRAIN, call, run
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import TEXTS
 
 import fineweb
 import sources
-from configurator import UserError, configure
+from configurator import PathStr, UserError, configure
 from dataloader import Windows
+from evaluate import EvaluateConfig
 from fineweb import DataConfig
+from hellaswag import HellaSwagConfig
+from huggingface import ExportConfig, load_model
 from model import GPTConfig
 from report import ReportConfig
 from sample import SampleConfig
@@ -103,6 +108,9 @@ SCRIPTS = {
     "fineweb.py": (DataConfig,),
     "sample.py": (SampleConfig,),
     "report.py": (ReportConfig,),
+    "evaluate.py": (EvaluateConfig,),
+    "hellaswag.py": (HellaSwagConfig,),
+    "huggingface.py": (ExportConfig,),
     "plain": (Plain,),
 }
 # fmt: off
@@ -132,6 +140,13 @@ VALUE = st.one_of(
 @functools.cache
 def hints(script):
     return {name: hint for cls in SCRIPTS[script] for name, hint in typing.get_type_hints(cls).items()}
+
+
+@functools.cache
+def paths(script):
+    """The names of options that may begin with ~/"""
+    extras = [typing.get_type_hints(cls, include_extras=True) for cls in SCRIPTS[script]]
+    return {name for hints in extras for name, hint in hints.items() if PathStr in (hint, *typing.get_args(hint))}
 
 
 def texts_of(hint):
@@ -257,7 +272,9 @@ def test_command_lines(script, data):
     assert all(allowed(values[name], hint) for name, hint in types_of.items())
     for name, text in given_texts.items():
         if text.lower() != "none" or script != "fineweb.py":  # whose None means what the other options leave
-            assert same(values[name], *reading(text, types_of[name])), (name, text, values[name])
+            [said] = reading(text, types_of[name])
+            said = os.path.expanduser(said) if name in paths(script) and said else said
+            assert same(values[name], said), (name, text, values[name])
     if script == "train_gpt2.py":
         config = instances[0]
         assert 0 <= config.seed < 2**64
@@ -279,6 +296,9 @@ def test_whole_scripts_up_to_refusing(script, data):
         "fineweb.py": ["--files=nothere/*", "--num_proc=1"],
         "sample.py": ["--model=nothere"],
         "report.py": ["nothere/run"],
+        "evaluate.py": ["--model=nothere"],
+        "hellaswag.py": ["--model=nothere"],
+        "huggingface.py": ["--model=nothere", "--out_dir=nothere/hf"],
     }
     done = call(script, *argv, *missing[script])
     check_refused(done)
@@ -503,7 +523,7 @@ class SameProcess:
 def workers():
     """No processes and no waiting for the disk; small pieces, batches and blocks, so that small data has many."""
 
-    def start_workers(num_proc, tokenizer, is_wikitext):
+    def start_workers(num_proc, tokenizer, is_wikitext, lock):
         fineweb._tokenizer, fineweb._is_wikitext = tokenizer, is_wikitext
         fineweb.load_tokenizer.cache_clear()
         return SameProcess()
@@ -723,7 +743,8 @@ def read_rows(data):
             pyarrow.BufferReader(data), columns=["text"], page_checksum_verification=True
         )
         column = table.column("text")
-        if not any(str(column.type) == name for name in ("string", "large_string", "string_view")):
+        kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+        if not any(str(kind) == name for name in ("string", "large_string", "string_view")):
             return None
         return [text or "" for text in column.to_pylist()]
     except Exception:  # whatever: the oracle's refusals
@@ -836,12 +857,11 @@ def test_damaged_state_of_a_preparation(preparations, name, data):
             assert folder in check_line(error)
             return
         after = {path.name: path.read_bytes() for path in out_dir.iterdir()}
-        if name == "meta.json":  # complete, and left as it is
-            assert after == before
+        if name == "meta.json" and after == before:  # complete, and left as it is
             return
         shards = {file: content for file, content in finished.items() if file.endswith(".bin")}
         assert {file: content for file, content in after.items() if file.endswith(".bin")} == shards
-        meta = json.loads(after["meta.json"])
+        meta = json.loads(after["meta.json"])  # perhaps the shards were made again, as meta.json said there were others
         assert all(meta[key] == value for key, value in json.loads(finished["meta.json"]).items() if key != "settings")
 
 
@@ -931,6 +951,97 @@ def test_tokenizer_files(data):
         assert enc.decode(ids) == text
         if "<" not in text:  # no added token
             assert ids == hf.encode(text).ids
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def models(data_dir, tmp_path_factory):
+    """A function (hypothesis prints arguments): the folder of a run, {name: bytes} of it as Hugging Face's, and its
+    other two spellings: weights in parts, tokenizer in two files."""
+    folder = tmp_path_factory.mktemp("models")
+    flags = [*TRAIN, f"--data_dir={data_dir}", f"--out_dir={folder / 'run'}", "--max_steps=1", "--val_interval=0"]
+    assert call("train_gpt2.py", *flags, "--n_embd=8").returncode == 0
+    assert call("huggingface.py", f"--model={folder / 'run'}", f"--out_dir={folder / 'hf'}").returncode == 0
+    files = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    tensors = safetensors.torch.load(files["model.safetensors"])
+    parts = dict.fromkeys(tensors, "part-1.safetensors") | dict.fromkeys(list(tensors)[::2], "part-2.safetensors")
+    older = {name: files[name] for name in ("config.json", "vocab.json", "merges.txt")}
+    older["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": parts}).encode()
+    for part in set(parts.values()):
+        older[part] = safetensors.torch.save({name: tensors[name] for name in tensors if parts[name] == part})
+    return lambda: (folder / "run", [files, older], flags)
+
+
+SIZES = [*WRONG, 0, 1, 2, 8, 257, 2**31, 2**60, 2**63, 10**400, 1e300, "gpt2", "../x", "/dev/zero"]
+
+
+@cases(60, 3000)
+@given(data=st.data())
+def test_folders_of_hugging_face(models, data):
+    """A folder with one odd thing in it loads, or is refused in one line that names it; what loads computes."""
+    files = dict(data.draw(st.sampled_from(models()[1])))
+    name = data.draw(st.sampled_from(["config.json"] * 4 + sorted(files)))
+    how = data.draw(st.sampled_from(["value", "value", "value", "spoiled", "other", "deep", "digits"]))
+    if how == "value" and name.endswith(".json"):
+        content = json.loads(files[name])
+        content |= {"rope_scaling": None, "rope_parameters": {}, "n_inner": None} if name == "config.json" else {}
+        places = [place for place in paths_of(content) if len(place) < 3]  # not every token
+        files[name] = json.dumps(changed(data.draw, content, places, SIZES)).encode()
+    elif how in ("value", "spoiled"):
+        files[name] = data.draw(spoiled(st.just(files[name])))
+    else:
+        other = json.dumps(data.draw(JSON)).encode()
+        files[name] = {"other": other, "deep": b"[" * 100_000, "digits": b'{"a": ' + b"9" * 5000 + b"}"}[how]
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in files.items():
+            Path(folder, file).write_bytes(content)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                model, tokenizer, _ = load_model(folder, torch.device("cpu"))
+        except UserError as error:
+            assert folder in check_line(error)
+            return
+        assert err.getvalue().count("\n") == (1 if "counts as unknown" in err.getvalue() else 0)
+        assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, model.config.vocab_size)
+        assert tokenizer is None or get_tokenizer(tokenizer).n_vocab <= model.config.vocab_size
+
+
+def places_of(data, path=()):
+    """The places in a checkpoint's nested state, but for those of its data's fingerprints and its run's config."""
+    if path in (("data",), ("config",)):
+        return [path]
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else []
+    return [path, *(inner for key, value in items for inner in places_of(value, (*path, key)))]
+
+
+ODD = [*SIZES, 1j, (1,), torch.zeros(()), torch.zeros(1), torch.zeros(3, 3).to_sparse(), torch.zeros(2, device="meta")]
+
+
+@cases(40, 1500)
+@given(data=st.data())
+def test_crafted_checkpoints(models, data):
+    """It speaks and goes on, or is refused in one line that names it. (What kills the process fails too.)"""
+    run_folder, _, flags = models()
+    state = torch.load(run_folder / "ckpt_000001.pt", weights_only=True)
+    *path, last = data.draw(st.sampled_from([place for place in places_of(state) if place]))
+    inner = functools.reduce(lambda inner, key: inner[key], path, state)
+    if data.draw(st.booleans()):
+        inner[last] = data.draw(st.sampled_from(ODD))
+    else:
+        del inner[last]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "ckpt_000001.pt")
+        torch.save(state, file)
+        resume = [*flags, f"--out_dir={folder}", "--resume=True", "--max_steps=2"]
+        speak = [f"--model={file}", "--max_new_tokens=2", "--device=cpu"]
+        for script, more in (("sample.py", speak), ("train_gpt2.py", resume)):
+            done = call(script, *more)
+            *_, line = done.stderr.splitlines() or [""]
+            assert done.returncode in (0, 2), done
+            assert line.startswith("error: ") == (done.returncode == 2), done.stderr
+            assert done.returncode == 0 or folder in line, line
 
 
 # Records of a run

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import random
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_training_is_not_disturbed(path):
     assert not model.training
 
 
-def test_as_a_user_runs_it(rows, path, checkpoint_path):
+def test_as_a_user_runs_it(rows, path, checkpoint_path, monkeypatch):
     _, acc, acc_norm = one_by_one(make(), rows)
     want = {"model": str(checkpoint_path), "acc": acc, "acc_norm": acc_norm, "n": len(rows)}
     args = [f"--model={checkpoint_path}", f"--data={path}", "--device=cpu"]
@@ -157,6 +158,9 @@ def test_as_a_user_runs_it(rows, path, checkpoint_path):
         assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
     done = run("hellaswag.py", *args, "--batch_size=1", processes=3)
     assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
+    monkeypatch.setenv("HOME", str(path.parent))
+    home = call("hellaswag.py", args[0], f"--data=~/{path.name}", "--device=cpu")
+    assert json.loads(home.stdout.splitlines()[-1]) == want, home.stderr
     few = json.loads(call("hellaswag.py", *args, "--limit=5").stdout)
     assert (few["n"], few["acc"]) == (5, one_by_one(make(), rows[:5])[1])
 
@@ -165,6 +169,8 @@ def test_as_a_user_runs_it(rows, path, checkpoint_path):
     ("line", "message"),
     [
         ('{"ctx": "a", "endi', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"label": ' + "9" * 5000 + "}", "not JSON"),
         ('["ctx"]', "'ctx'"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "'label'"),
         ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}', "4"),
@@ -224,6 +230,12 @@ def test_download(path, tmp_path, monkeypatch):
         hellaswag.download()
     assert not list(tmp_path.rglob("*.*"))
     monkeypatch.setattr(hellaswag, "SHA256", hellaswag.hashlib.sha256(data).hexdigest())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda fd: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        with pytest.raises(UserError, match=r"hellaswag_val.jsonl: No space left"):
+            hellaswag.load(None, BYTES, 64)
+    assert not list(tmp_path.rglob("*.*"))
+    asked.pop()
     for _ in range(2):
         examples = hellaswag.load(None, BYTES, 64)
     assert asked == [hellaswag.URL] * 2  # the refused one, and one more
@@ -232,3 +244,8 @@ def test_download(path, tmp_path, monkeypatch):
     (tmp_path / hellaswag.VAL_FILE).write_bytes(data[:-9])
     with pytest.raises(UserError, match=r"hellaswag_val.jsonl.*sha256"):
         hellaswag.download()
+
+
+def test_attention_is_not_cudnns(path, cudnn):
+    hellaswag.score(make(), hellaswag.load(path, BYTES, 64), 1000, World("cpu"), EAGER)
+    assert set(cudnn) == {False}

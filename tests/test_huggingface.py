@@ -1,7 +1,9 @@
 """Weights and tokenizers to and from Hugging Face; the oracle is transformers itself."""
 
 import json
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -140,6 +142,16 @@ def cut(folder, file, keep):
     (folder / file).write_bytes((folder / file).read_bytes()[:keep])
 
 
+def index(folder, weights, name="weight_map"):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({name: weights}))
+
+
+def pickled(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
 WTE = "transformer.wte.weight"
 BAD_GPT2 = {
     "model_type = 'bert'": lambda f: edit(f, model_type="bert"),
@@ -154,17 +166,44 @@ BAD_GPT2 = {
     r"wpe.weight is \(24, 32\), but config.json makes it \(25, 32\)": lambda f: edit(f, n_positions=25),
     "lm_head.weight has no place": lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": 2 * t[WTE]})),
     "wte.weight is torch.int8": lambda f: edit_tensors(f, lambda t: t.update({WTE: t[WTE].to(torch.int8)})),
-    "config.json: broken JSON": lambda f: cut(f, "config.json", 50),
+    "config.json: cannot be read: JSONDecodeError: Untermin": lambda f: cut(f, "config.json", 50),
     "config.json: must hold": lambda f: (f / "config.json").write_text("[]"),
-    "config.json: not a text file": lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
+    "config.json: cannot be read: UnicodeDecodeError": lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
+    "config.json: cannot be read: RecursionError": lambda f: (f / "config.json").write_text("[" * 100_000),
+    "config.json: cannot be read: ValueError": lambda f: (f / "config.json").write_text('{"n": ' + "9" * 5000 + "}"),
+    "config.json has n_layer = 1000000000": lambda f: edit(f, n_layer=10**9),
+    "config.json has n_layer = 1000000000 ": lambda f: edit(f, n_layer=10**9, n_embd=1, n_head=1),
+    "config.json has n_layer = 2 and .* parameters or more": lambda f: edit(f, vocab_size=2**60),
+    "config.json has n_layer = 2 and .* parameters or": lambda f: edit(f, n_positions=2**60),
+    "config.json has n_layer = 2 and .* parameters": lambda f: edit(f, n_inner=2**60),
+    "config.json: cannot be read: TypeError": lambda f: edit(f, rope_scaling=[1]),
+    "config.json: cannot be read: TypeError: unhashable": lambda f: edit(f, model_type=["gpt2"]),
+    "model.safetensors.index.json: cannot be read: AttributeError": lambda f: index(f, None),
+    "model.safetensors.index.json: cannot be read: KeyError": lambda f: index(f, {}, name="map"),
+    "model.safetensors.index.json: cannot be read: TypeError": lambda f: index(f, {"wte.weight": ["x"]}),
+    "model.safetensors.index.json: '../x' is not a file in": lambda f: index(f, {"wte.weight": "../x"}),
+    "model.safetensors.index.json: '/dev/zero' is not a file in": lambda f: index(f, {"wte.weight": "/dev/zero"}),
+    "model.safetensors.index.json: .. is not there": lambda f: index(f, {"wte.weight": ".."}),
+    "model.safetensors.index.json: fifo is not there": lambda f: (index(f, {"a": "fifo"}), os.mkfifo(f / "fifo")),
+    "pytorch_model.bin: cannot be read: AttributeError": lambda f: pickled(f, [torch.ones(3)]),
+    "pytorch_model.bin: wte.weight is no plain tensor": lambda f: pickled(f, {"wte.weight": [1.0]}),
+    "pytorch_model.bin: wpe.weight is no plain tensor": lambda f: pickled(f, {"wpe.weight": torch.eye(3).to_sparse()}),
+    "pytorch_model.bin: h is no plain tensor": lambda f: pickled(f, {"h": torch.ones(3, device="meta")}),
+    "pytorch_model.bin: cannot be read: TypeError": lambda f: pickled(f, {1: torch.ones(3)}),
+    "tokenizer.json: must hold": lambda f: (f / "tokenizer.json").write_text("[]"),
+    "tokenizer.json: cannot be read: RecursionError": lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
+    "vocab.json: must hold": lambda f: [(f / name).write_text("[]") for name in ("vocab.json", "merges.txt")],
+    "vocab.json: cannot be read: ValueError": lambda f: [
+        (f / name).write_text('{"a": ' + "9" * 5000 + "}") for name in ("vocab.json", "merges.txt")
+    ],
+    "merges.txt: cannot be read: UnicodeDecodeError": lambda f: [
+        (f / name).write_bytes(data) for name, data in (("vocab.json", b"{}"), ("merges.txt", b"\xff"))
+    ],
     "model.safetensors: cannot be read": lambda f: cut(f, "model.safetensors", -1),
     "model.safetensors: cannot be read: ": lambda f: cut(f, "model.safetensors", 100),
     "model.safetensors: cannot be read:": lambda f: cut(f, "model.safetensors", 0),
     "no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
-    "model-2.safetensors: cannot": lambda f: (
-        (f / "model.safetensors").unlink(),
-        (f / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "model-2.safetensors"}}'),
-    ),
+    "model.safetensors.index.json: model-2.safetensors is not": lambda f: index(f, {"x": "model-2.safetensors"}),
     "pytorch_model.bin: cannot": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
     "tokenizer has 257 ids": lambda f: add_bytes_tokenizer(f),
 }
@@ -408,6 +447,16 @@ def test_a_tokenizer_that_splits_otherwise_is_unknown(tmp_path, capsys):
     assert "counts as unknown" in err
 
 
+def test_a_tokenizer_json_that_is_odd_is_unknown(tmp_path, capsys):
+    gpt2(vocab_size=300).save_pretrained(tmp_path)
+    for odd in ({}, {"model": None}, {"model": {"vocab": [], "merges": {}}}, {"model": {"vocab": None}}, {"x": [[]]}):
+        (tmp_path / "tokenizer.json").write_text("\n" + json.dumps(odd))
+        assert load_model(str(tmp_path), CPU)[1] is None
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "counts as unknown" in err
+
+
 # ---- used by the other scripts
 
 
@@ -478,7 +527,8 @@ def test_starting_weights_cropped_and_padded(tmp_path):
     model = save_ours(tmp_path / "run", tie_weights=False)
     path, config, old = str(tmp_path / "run"), model.config, model.state_dict()
     asked = GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "n_layer": 9})
-    new, weights = starting_weights(path, asked, {"block_size", "dropout"}, 300)
+    meta = {"vocab_size": 300, "tokenizer": "bytes"}
+    new, weights = starting_weights(path, asked, {"block_size", "dropout"}, "data", meta)
     assert new == GPTConfig(**{**vars(config), "block_size": 4, "dropout": 0.5, "vocab_size": 300})
     GPT(new).load_state_dict(weights)
     assert torch.equal(weights["wpe.weight"], old["wpe.weight"][:4])
@@ -488,4 +538,53 @@ def test_starting_weights_cropped_and_padded(tmp_path):
     for given in ({"n_layer"}, {"block_size"}):
         larger = GPTConfig(**{**vars(asked), "block_size": 32})
         with pytest.raises(UserError, match=next(iter(given))):
-            starting_weights(path, larger, given, 0)
+            starting_weights(path, larger, given, "data", meta | {"vocab_size": 257})
+
+
+def test_weights_and_data_of_different_tokenizers_do_not_go_together(data_dir, tmp_path):
+    """Neither where it is another tokenizer, nor is one that was exported taken for another; unknown passes."""
+    refused = {
+        "gpt2": "trained with gpt2, but .* was made with bytes",
+        own_tokenizer(): "trained with a tokenizer.json, but .* was made with bytes",
+    }
+    for number, (tokenizer, message) in enumerate(refused.items()):
+        save_ours(tmp_path / f"{number}", tokenizer)
+        done = start(tmp_path / f"{number}", data_dir, tmp_path / "x")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert re.search(message, done.stderr)
+        assert not (tmp_path / "x").exists()
+    for name in ("bytes", None):
+        save_ours(tmp_path / str(name), name)
+        done = start(tmp_path / str(name), data_dir, tmp_path / f"from_{name}")
+        assert done.returncode == 0, done.stderr
+
+
+def start(source, data_dir, out_dir):
+    flags = [flag for flag in TRAIN if flag not in MODEL and "interval" not in flag]
+    return call(
+        "train_gpt2.py", *flags, f"--init_from={source}", f"--data_dir={data_dir}", f"--out_dir={out_dir}",
+        "--max_steps=1", "--val_interval=0", "--total_batch_size=48",
+    )  # fmt: skip
+
+
+def test_an_exported_tokenizer_is_still_the_same(data_dir, tmp_path):
+    content = own_tokenizer()
+    save_ours(tmp_path / "run", content, n_layer=1)
+    assert export(tmp_path / "run", tmp_path / "hf").returncode == 0
+    assert load_model(str(tmp_path / "hf"), CPU)[1] != content  # it is spelled otherwise
+    for path in data_dir.glob("*.bin"):
+        shutil.copy(path, tmp_path / "run" / path.name)
+    meta = json.loads((data_dir / "meta.json").read_text()) | {"tokenizer": "tokenizer.json", "vocab_size": 600}
+    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "run" / "tokenizer.json").write_text(content, encoding="utf-8")
+    done = start(tmp_path / "hf", tmp_path / "run", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    done = call("evaluate.py", f"--model={tmp_path / 'hf'}", f"--data_dir={tmp_path / 'run'}", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_ours(tmp_path / "run")
+    assert export("~/run", "~/hf").returncode == 0
+    assert (tmp_path / "hf" / "config.json").exists()

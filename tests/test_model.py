@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from model import GPT, GPTConfig, KVCache, sample_token
+from model import GPT, GPTConfig, KVCache, one_product, sample_token
 
 TINY = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = {
@@ -284,6 +284,47 @@ def test_top_k_and_top_p_against_brute_force():
 def test_impossible_configs(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPTConfig(**{**TINY, **wrong})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_product_equals_three(bias):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    projections = [torch.nn.Linear(32, 32, bias=bias) for _ in range(3)]
+    inputs = [x, *(p for proj in projections for p in proj.parameters())]
+    both = [one_product(projections, x), [proj(x) for proj in projections]]
+    weights = torch.randn(3, 3, 5, 32)
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    grads = [torch.autograd.grad((torch.stack([*y]) * weights).sum(), inputs) for y in both]
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@variants
+@pytest.mark.parametrize(
+    ("device", "dtype", "stream"),
+    [
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, torch.float32),  # whose largest number is 65,504
+        ("cpu", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_of_the_residual_stream(monkeypatch, flags, device, dtype, stream):
+    """bfloat16 under autocast on a GPU only. Here a CPU says that its autocast is a GPU's."""
+    model, (idx, targets) = make(flags), batch()
+    exact = model(idx, targets)
+    seen = set()
+    for block in model.h:
+        block.register_forward_hook(lambda module, args, out: seen.update((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype), monkeypatch.context() as patch:  # only inside: autocast itself asks these too
+        patch.setattr(torch, "is_autocast_enabled", lambda name: name == device)
+        patch.setattr(torch, "get_autocast_dtype", lambda name: dtype)
+        loss = model(idx, targets)
+    loss.backward()
+    assert seen == {stream}
+    assert loss.item() == pytest.approx(exact.item(), abs=3e-2)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_untrained_loss_is_that_of_a_uniform_guess():

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import optim
 from model import GPT, GPTConfig
-from optim import learning_rate, make_optimizers
+from optim import Adafactor, Muon, learning_rate, make_optimizers
 
 
 def rates(schedule, warmup_steps=10, max_steps=100, low=1e-4, decay_fraction=0.2):
@@ -91,6 +93,124 @@ def test_adafactor_against_transformers(scale):
             sizes.append(want.square().mean().sqrt().item() / 5e-5)
     assert max(sizes) == pytest.approx(1.0, abs=1e-2)  # clipped
     assert min(sizes) < 0.3
+
+
+def in_parts(parts):
+    """A spread over so many processes, one after another."""
+    return lambda function, batch: torch.cat([function(x) for x in batch.tensor_split(parts)])
+
+
+def against(ours, theirs, params, n=20):
+    """The largest relative difference of the parameters after n steps on the same gradients, which shrink."""
+    for number in range(n):
+        for a, b in zip(*params, strict=True):
+            a.grad = torch.randn_like(a) * 0.7**number
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*params, strict=True))
+
+
+def in_float64(monkeypatch):
+    """Newton-Schulz in both."""
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ_DTYPE", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+
+
+def copies(shapes):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
+    return params, [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+MATRICES = [(64, 64)] * 5 + [(256, 64)] * 3 + [(64, 256)] * 3 + [(171, 64)] * 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("exact", [True, False])
+def test_muon_is_torchs(monkeypatch, exact, parts):
+    """Exact: with Newton-Schulz in float64, so that nothing but the formula counts. Products in bfloat16 may add up in
+    another order, and that changes an update by 1e-2 of itself, which is 1e-4 of a matrix after 20 steps."""
+    if exact:
+        in_float64(monkeypatch)
+    params = copies(MATRICES)
+    ours = Muon(params[0], lr=1e-3, weight_decay=0.1, spread=in_parts(parts))
+    theirs = torch.optim.Muon(params[1], lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    assert against(ours, theirs, params) < (1e-6 if exact else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shapes"),
+    [
+        (
+            lambda params: Muon(params, lr=1e-3, weight_decay=0.1),
+            lambda params: torch.optim.Muon(params, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            MATRICES,
+        ),
+        (
+            lambda params: Adafactor(params, lr=1e-3, weight_decay=0.1, eps=(1e-15, 1.0)),
+            lambda params: torch.optim.Adafactor(params, lr=1e-3, weight_decay=0.1, eps=(1e-15, 1.0)),
+            [*MATRICES, (64,), (1,)],
+        ),
+        (
+            lambda params: Adafactor(params, lr=1e-1, weight_decay=0.1, eps=(1e-7, 1e-3), d=1.5),  # all terms count
+            lambda params: torch.optim.Adafactor(params, lr=1e-1, weight_decay=0.1, eps=(1e-7, 1e-3), d=1.5),
+            [*MATRICES, (64,), (1,)],
+        ),
+    ],
+)
+def test_state_is_torchs(monkeypatch, ours, theirs, shapes):
+    """Ours goes on from torch's state, and torch's from ours, as if there had been one optimizer."""
+    in_float64(monkeypatch)
+    params = copies(shapes)
+    one, two = ours(params[0]), theirs(params[1])
+    for _ in range(3):
+        assert against(one, two, params, n=5) < 1e-6
+        states = one.state_dict(), two.state_dict()
+        one, two = ours(params[0]), theirs(params[1])
+        one.load_state_dict(states[1])
+        two.load_state_dict(states[0])
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launches on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def without_values(shapes):
+    """Parameters and gradients on a device where a step that waits for a value fails."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    return params
+
+
+def test_muon_has_a_tenth_of_torchs_launches():
+    params = without_values([(64, 64)] * 48 + [(256, 64)] * 24)
+    counts = []
+    for muon in (Muon(params, 1e-3, 0.1), torch.optim.Muon(params)):
+        muon.step()  # makes the state
+        with Launches() as launches:
+            muon.step()
+        counts.append(launches.count)
+    assert 10 * counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_steps_do_not_wait_for_the_device(optimizer):
+    with torch.device("meta"):
+        m = model()
+    for p in m.parameters():
+        p.grad = torch.empty_like(p)
+    make_optimizers(m, optimizer, 1e-3, 0.1, (0.9, 0.95))[-1].step()
 
 
 def test_muon_takes_the_blocks_matrices_and_nothing_else():

@@ -1,4 +1,6 @@
 import json
+import resource
+import signal
 
 import pytest
 from conftest import call
@@ -69,3 +71,29 @@ def test_a_folder_for_a_file_and_a_name_that_looks_like_mathematics(tmp_path):
 def test_mistakes(args):
     done = call("report.py", *args)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_full_disk(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "parameters": 5}\n')
+    assert call("report.py", tmp_path).returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (0, 1, len(before[tmp_path / "loss.png"]) - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            done = call("report.py", tmp_path)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr == f"error: {tmp_path}/loss.png: File too large\n"
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "parameters": 5}\n')
+    done = call("report.py", f"~/{tmp_path.name}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loss.png").exists()

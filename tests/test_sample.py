@@ -1,13 +1,18 @@
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import tokenizers
 import torch
-from conftest import call, run
+from conftest import ROOT, call, run
 
 import checkpoint
 from huggingface import load_model
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, sample_token
 from sample import complete, speed_up
 from tokenizer import get_tokenizer
 
@@ -47,8 +52,50 @@ def test_several_samples_are_one_batch(folder):
 def test_start_from_a_file(folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("Grüße,\n  Welt", encoding="utf-8")
     assert sample(folder, f"--start=FILE:{tmp_path / 'prompt.txt'}").stdout.startswith("Grüße,\n  Welt")
-    done = sample(folder, "--start=FILE:missing.txt")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    os.mkfifo(tmp_path / "fifo")  # which nobody writes: reading it would wait for ever
+    for name in ("missing.txt", "/dev/zero", tmp_path, tmp_path / "fifo", tmp_path / "latin.txt", "x" * 999, ""):
+        done = sample(folder, f"--start=FILE:{name}")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+        assert f"--start=FILE:{name}" in done.stderr or name == ""
+
+
+def test_a_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "prompt.txt").write_text("Hello")
+    done = sample(f"~/{folder.name}", f"--start=FILE:~/{folder.name}/prompt.txt")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Hello")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--top_k=None"], ["--top_p=0.9"]], ids=str)
+def test_logits_that_are_not_finite_are_one_line(tmp_path, value, flags, monkeypatch):
+    config = GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16)
+    model = GPT(config)
+    model.ln_f.bias.data[:] = value
+    state = {"step": 1, "model": model.state_dict(), "gpt_config": vars(config), "tokenizer": "bytes"}
+    checkpoint.save(state, tmp_path, keep=0, best_step=None)
+    monkeypatch.setattr(torch, "multinomial", None)  # on CUDA it would end the process
+    done = sample(tmp_path, "--start=Hello", *flags)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "Hello\n", 3), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/ckpt_000001.pt: the logits are not finite")
+    with pytest.raises(FloatingPointError):
+        list(complete(model, get_tokenizer("bytes"), "x", 2, 5))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_row_that_is_not_finite(row):
+    logits = torch.zeros(2, 9)
+    logits[row, 3] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError):
+            sample_token(logits, temperature, None, None, None)
+    with pytest.raises(FloatingPointError):  # finite, but not over a temperature this low
+        sample_token(torch.full((1, 9), 3e38), 1e-6, None, None, None)
+    masked = torch.zeros(2, 9)
+    masked[:, 1:] = -math.inf  # no probability at all is a probability
+    assert sample_token(masked, 1.0, None, None, None).tolist() == [0, 0]
 
 
 def test_speed_up_changes_the_layout_alone():
@@ -135,3 +182,35 @@ def test_as_a_user_runs_it(folder):
     done = run("sample.py", f"--model={folder}", "--device=cpu", "--start=é", "--max_new_tokens=20", "--temperature=0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("é")
+
+
+@pytest.mark.parametrize("script", ["sample.py", "hellaswag.py", "evaluate.py", "huggingface.py", "report.py"])
+def test_ctrl_c_during_the_imports_is_silent(script, tmp_path):
+    for name in ("torch.py", "difflib.py"):  # whichever it imports first
+        (tmp_path / name).write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, ROOT / script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_tokenizer_with_ids_that_the_model_has_not(tmp_path):
+    config = GPTConfig(block_size=32, vocab_size=200, n_layer=1, n_head=1, n_embd=16)
+    state = {"step": 1, "model": GPT(config).state_dict(), "gpt_config": vars(config), "tokenizer": "bytes"}
+    checkpoint.save(state, tmp_path, keep=0, best_step=None)
+    done = sample(tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "257 ids, but its vocab_size is 200" in done.stderr
+
+
+def test_attention_is_not_cudnns(folder, cudnn):
+    assert sample(folder, "--start=Hello").returncode == 0
+    assert set(cudnn) == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_dtype_is_picked_as_in_training(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sample.pick_dtype", lambda *args: asked.append(args) or torch.float64)
+    monkeypatch.setattr("sample.complete", lambda model, *args, **kwargs: [[str(model.wte.weight.dtype)]])
+    assert "torch.float64" in sample(folder, "--dtype=auto").stdout
+    assert asked == [("auto", torch.device("cpu"))]

@@ -12,9 +12,11 @@ from configurator import UserError
 from tokenizer import (
     ENDOFTEXT,
     byte_alphabet,
+    check_same_tokenizer,
     fast_encoder,
     get_tokenizer,
     merges_of,
+    same_tokenizer,
     to_json,
     token_bytes,
     tokenizer_content,
@@ -248,3 +250,20 @@ def test_broken_json_is_refused(hf, tmp_path):
     path.write_text(hf.to_str()[:1000], encoding="utf-8")
     with pytest.raises(UserError, match=r"half\.json"):
         get_tokenizer(str(path))
+
+
+def test_the_same_tokenizer_in_another_spelling(hf):
+    content, other = hf.to_str(), json.loads(hf.to_str())
+    other["model"]["merges"].pop()
+    last = max(other["model"]["vocab"], key=other["model"]["vocab"].get)
+    del other["model"]["vocab"][last]
+    respelled, other = json.dumps(to_json(get_tokenizer(content)), indent=1), json.dumps(other)
+    assert respelled != content
+    assert same_tokenizer(content, respelled)
+    assert same_tokenizer("gpt2", json.dumps(to_json(get_tokenizer("gpt2"))))
+    for a, b in [("gpt2", "bytes"), (content, "gpt2"), (content, other)]:
+        assert not same_tokenizer(a, b)
+        with pytest.raises(UserError, match=r"out/a was trained with .*, but data/b was made with "):
+            check_same_tokenizer(a, b, "out/a", "data/b")
+        for unknown in [(None, b), (a, None), (None, None), (a, a)]:
+            check_same_tokenizer(*unknown, "out/a", "data/b")

@@ -1,5 +1,6 @@
 """The training script, end to end."""
 
+import contextlib
 import json
 import math
 import re
@@ -12,8 +13,9 @@ from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
 
 from configurator import configure
 from dataloader import Windows, step_windows
+from distributed import World
 from model import GPT, GPTConfig
-from train_gpt2 import TrainConfig
+from train_gpt2 import TrainConfig, evaluate
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
@@ -104,6 +106,7 @@ def test_resume_on_three_processes_equals_a_straight_run(data_dir, tmp_path):
     """To the bit: with three summands their order matters, and DDP's changes after its first backward pass."""
     a, b = tmp_path / "a", tmp_path / "b"
     flags = ["--total_batch_size=192", "--checkpoint_interval=4", "--keep_checkpoints=0", "--max_steps=16"]
+    flags += ["--optimizer=muon"]  # whose matrices are shared out
     assert train(data_dir, a, *flags, processes=3).returncode == 0
     b.mkdir()
     shutil.copy(a / "ckpt_000004.pt", b)
@@ -413,3 +416,47 @@ def test_as_a_user_runs_it(data_dir, tmp_path):
     wrong = run("train_gpt2.py", "mine.py", "--learning_rat=1", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
     assert "learning_rate" in wrong.stderr
+
+
+def test_a_ragged_last_batch_has_the_shape_of_the_others(data_dir):
+    """Another shape would be compiled anew, or computed without a compiler, which takes more memory."""
+    windows = Windows(str(data_dir), "val", 32)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+    want, shapes, forward = model(*windows.read(range(10))).item(), set(), model.forward
+    model.forward = lambda x, y: shapes.add((x.shape, y.shape)) or forward(x, y)
+    parts = dict(model=model, world=World("cpu"), autocast=contextlib.nullcontext(), val=windows, stop=False)
+    loss = evaluate(SimpleNamespace(config=SimpleNamespace(batch_size=4, val_tokens=10 * 32), **parts))
+    assert shapes == {((4, 32), (4, 32))}
+    assert loss == pytest.approx(want, abs=1e-6)
+
+
+def test_compiles_by_itself_on_nvidia_gpus_only(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "compile", lambda self: pytest.fail("compiled"))
+    flags = [flag for flag in TRAIN if "compile" not in flag]
+    args = f"--data_dir={data_dir}", "--max_steps=1"
+    done = call("train_gpt2.py", *flags, *args, f"--out_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(pytest.fail.Exception):
+        call("train_gpt2.py", *flags, *args, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
+
+
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [([], False), (["--cudnn_attention=True"], True), (["--cudnn_attention=True", "--dropout=0.1"], False)],
+)
+def test_cudnn_attention_in_training(data_dir, tmp_path, cudnn, flags, on):
+    done = train(data_dir, tmp_path / "run", "--max_steps=1", "--val_interval=0", *flags)
+    assert done.returncode == 0, done.stderr
+    assert set(cudnn) == {on}
+
+
+def test_example_of_a_batch_is_two_tensors(data_dir, tmp_path, monkeypatch):
+    """As every batch is: with one tensor twice the step is compiled for that, and then once more."""
+    examples = []
+    monkeypatch.setattr(World, "wrap", lambda self, model, *example, warm_up: examples.append(example) or model)
+    assert train(data_dir, tmp_path / "run", "--max_steps=1").returncode == 0
+    [(x, y)] = examples
+    assert x.shape == y.shape == (2, 32)
+    assert x.data_ptr() != y.data_ptr()
+    assert x.stride() == y.stride() == (32, 1)
