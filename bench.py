@@ -104,7 +104,7 @@ def build(
         Path(folder, "random_train_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
     data, _ = open_data(config, gpt_config, meta)
     plan = make_plan(config, len(data), world)
-    return make_run(config, gpt_config, plan, world, log, {}, weights, None, [], meta, {}), data
+    return make_run(config, gpt_config, plan, world, log, {}, weights, None, [], meta, None, {}), data
 
 
 def measure(bench: BenchConfig, run: Run, data: Windows, built: float) -> dict:
