@@ -7,10 +7,9 @@ has to be saved to resume, and the global batch is the same on any number of pro
 
 import json
 import os
-import re
-import zlib
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from shards import HEADER_BYTES, shard_tokens
+from shards import HEADER_BYTES, find_shards, shard_checksum, shard_tokens
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -30,11 +29,15 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def read_meta(data_dir: str) -> dict:
-    """data_dir/meta.json, or {} for shards that were made elsewhere. Raises UserError where there is no data at all."""
+    """data_dir/meta.json, or {} for shards that were made elsewhere.
+
+    Raises UserError where there is no data at all, or fineweb.py has not finished it.
+    """
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
     path = Path(data_dir, "meta.json")
     if not path.exists():
+        check_finished(data_dir)
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +54,28 @@ def read_meta(data_dir: str) -> dict:
             )
     if not 1 <= meta["vocab_size"] <= 1 << 16:
         raise UserError(f"{path}: vocab_size is {meta['vocab_size']}, but shards hold 1 to 65,536 different ids")
+    try:
+        pairs = [pair for names in meta.get("shards", {}).values() for pair in names.values()]
+        whole = all(type(tokens) is type(checksum) is int for tokens, checksum in pairs)
+    except (AttributeError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: shards is not {{split: {{name: [tokens, crc32]}}}}; prepare the data anew")
     return meta
+
+
+def check_finished(data_dir: str) -> None:
+    """Raises UserError where fineweb.py was stopped before it wrote meta.json."""
+    path = Path(data_dir, "progress.json")
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        progress = None
+    command = progress.get("command") if isinstance(progress, dict) else None
+    how = f"finish it: {command}" if isinstance(command, str) else "run its fineweb.py command again"
+    raise UserError(f"{data_dir}: the preparation of this data is not finished; {how}")
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
@@ -77,9 +101,7 @@ class Windows:
     """
 
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
-        # The last part of the name counts: a folder may be called my_train_set, and its shards after it.
-        name = re.compile(rf".*_{split}_\d+\.bin", re.DOTALL)
-        self.paths = sorted(path for path in Path(data_dir).glob("*.bin") if name.fullmatch(path.name))
+        self.paths = find_shards(data_dir, split)
         if not self.paths:
             raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
         self.seq_len, self.vocab_size = seq_len, vocab_size
@@ -121,31 +143,80 @@ class Windows:
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def fingerprint(self) -> dict[str, int]:
-        """{shard's name: checksum} to notice data that changed: of all tokens of a small shard, of pages spread over a
-        large one, which takes milliseconds whatever its size."""
-        return {path.name: checksum(shard) for path, shard in zip(self.paths, self.shards, strict=True)}
+
+class DataGuard:
+    """Notices shards that change, between two runs that belong together and during one. For rank 0 alone.
+
+    `record` is what a checkpoint keeps: {split: {shard's name: {"tokens", "size", "mtime_ns", "crc32"}}}, where crc32
+    is of the tokens as meta.json has it, None where it has none. `saved` is such a record, {} for a new run.
+    """
+
+    def __init__(self, data_dir: str, splits: Collection[str], meta: dict, saved: dict):
+        self.data_dir, self.splits, self.record = data_dir, splits, saved
+        self.checksums = {
+            name: checksum for names in meta.get("shards", {}).values() for name, (_, checksum) in names.items()
+        }
+        self.reader: threading.Thread | None = None
+        self.problem: str | None = None
+
+    def start_reading(self) -> None:
+        """Compare all shards with their checksums in the background, once; the next `check` says what was wrong."""
+        if self.reader is None:
+            self.reader = threading.Thread(target=self.read_all, daemon=True)  # which ends with the process
+            self.reader.start()
+
+    def read_all(self) -> None:
+        for split in self.splits:
+            for path in find_shards(self.data_dir, split):
+                self.problem = self.problem or self.read(path)
+
+    def read(self, path: Path) -> str | None:
+        """What is wrong with a shard's content, if its checksum is known."""
+        expected = self.checksums.get(path.name)
+        try:
+            if expected is None or expected == shard_checksum(path):
+                return None
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return f"{path}: its tokens are not those that meta.json has the checksum of; restore it, and resume"
+
+    def check(self) -> None:
+        """Look at every shard's size and modification time. Raises UserError where one is new, gone or not the same."""
+        if self.problem:
+            raise UserError(self.problem)
+        for split in self.splits:
+            paths = find_shards(self.data_dir, split)
+            now = {path.name: fingerprint(path, self.checksums.get(path.name)) for path in paths}
+            then = self.record.get(split, now)
+            for name in sorted(now.keys() | then.keys()):
+                path = Path(self.data_dir, name)
+                change = "new" if name not in then else "gone" if name not in now else None
+                if change := change or self.change(path, then[name], now[name]):
+                    raise UserError(f"{path}: {change} since this run began; restore it, or start another run")
+            self.record = self.record | {split: now}
+
+    def change(self, path: Path, then: dict, now: dict) -> str | None:
+        """How a shard has changed between two records of it."""
+        if not isinstance(then, dict):
+            return None  # a checkpoint of an older version, which kept another kind of checksum
+        known = then["crc32"] is not None and now["crc32"] is not None
+        if then["size"] != now["size"] or (known and then["crc32"] != now["crc32"]):
+            return "not the same"
+        if then["mtime_ns"] == now["mtime_ns"]:
+            return None
+        if not known:
+            return "written to (or copied without its time, which cp -p and rsync -t keep)"
+        # Its content counts. Before start_reading nothing is read: then all of it is.
+        return "not the same" if self.reader and self.read(path) else None
 
 
-def same_data(data_dir: str, train: Windows, val: Windows | None, saved: dict) -> dict:
-    """The fingerprints of both splits. Raises UserError where a shard is not as `saved` ones say it was."""
-    now = {"train": train.fingerprint()} | ({"val": val.fingerprint()} if val else {})
-    for split in now.keys() & saved.keys():
-        for name in sorted(now[split].keys() | saved[split].keys()):
-            if now[split].get(name) != saved[split].get(name):
-                what = "new" if name not in saved[split] else "gone" if name not in now[split] else "not the same"
-                raise UserError(
-                    f"{Path(data_dir, name)}: {what} since this run began; restore it, or start another run"
-                )
-    return saved | now
-
-
-def checksum(shard: np.ndarray) -> int:
-    size = 2048 if len(shard) > 1 << 20 else len(shard)  # tokens of a page of 4 KB
-    value = len(shard)
-    for start in np.linspace(0, len(shard) - size, 16 if size < len(shard) else 1).astype(np.int64):
-        value = zlib.crc32(np.ascontiguousarray(shard[start : start + size]), value)
-    return value
+def fingerprint(path: Path, checksum: int | None) -> dict[str, int | None]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    tokens = (status.st_size - HEADER_BYTES) // 2
+    return {"tokens": tokens, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": checksum}
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -10,6 +10,11 @@ the source it begins, so after any kind of death the same command goes on behind
 same bytes.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
+
 import contextlib
 import functools
 import hashlib
@@ -18,10 +23,11 @@ import math
 import multiprocessing
 import os
 import re
-import signal
+import shlex
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,9 +41,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tiktoken
 
-from configurator import UserError, cli, configure
+from configurator import PathStr, UserError, cli, configure
 from files import lock_folder, remove_partial, whole_file
-from shards import shard_header, shard_tokens
+from shards import find_shards, shard_header, shard_tokens
 from sources import Source, import_datasets, open_source, read_texts
 from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
 from wikitext import detokenize
@@ -50,15 +56,15 @@ WIKITEXT_PIECE = 16_000_000  # detokenized at a time: in published numbers a who
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str | None = None  # Hugging Face data set or local folder; without files and url HuggingFaceFW/fineweb-edu
+    dataset: PathStr | None = None  # Hugging Face data set or folder; without files and url, FineWeb-Edu
     subset: str | None = None  # the data set's configuration; sample-10BT for the default data set
     split: str = "train"  # or several: train+test
     text_column: str = "text"  # of a data set, .jsonl and .parquet
-    files: str | None = None  # instead of a data set: glob of .jsonl, .jsonl.gz, .parquet, or text (a document a file)
+    files: PathStr | None = None  # or a glob of .jsonl, .jsonl.gz, .parquet, or text (a document a file)
     exclude: str | None = None  # globs, separated by commas, of paths to leave out of files
-    url: str | None = None  # instead of a data set: a text file to download, one document
-    tokenizer: str = "gpt2"  # gpt2, bytes, another name of tiktoken's, or the path of a .json that tokenizer.py wrote
-    out_dir: str | None = None  # where the shards go; data/fineweb_edu10B for the default data set
+    url: str | None = None  # or a text file to download, one document
+    tokenizer: PathStr = "gpt2"  # gpt2, bytes, another name of tiktoken's, or the path of a tokenizer.json
+    out_dir: PathStr | None = None  # where the shards go; data/fineweb_edu10B for the default data set
     shard_tokens: int = 100_000_000  # tokens in a shard; the last of a split has what is left
     num_proc: int | None = None  # worker processes; None is all cores
     join: bool = False  # all rows are one document, a row a line (WikiText)
@@ -232,18 +238,21 @@ class Encoded(NamedTuple):
     bytes: int  # of all pieces, in UTF-8
 
 
-def start_workers(num_proc: int, tokenizer: str, is_wikitext: bool) -> ProcessPoolExecutor:
+def start_workers(num_proc: int, tokenizer: str, is_wikitext: bool, lock: int | None) -> ProcessPoolExecutor:
     """Worker processes, started first of all because a fork wants no threads, and datasets has some."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    forked = sys.platform == "linux"
+    context = multiprocessing.get_context("fork" if forked else "spawn")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business; workers inherit it
-    pool = ProcessPoolExecutor(num_proc, context, start_worker, (tokenizer, is_wikitext))
+    pool = ProcessPoolExecutor(num_proc, context, start_worker, (tokenizer, is_wikitext, lock if forked else None))
     pool.submit(int)  # without work there are no processes
     signal.signal(signal.SIGINT, handler)
     return pool
 
 
-def start_worker(tokenizer: str, is_wikitext: bool) -> None:
+def start_worker(tokenizer: str, is_wikitext: bool, lock: int | None) -> None:
     global _tokenizer, _is_wikitext
+    if lock is not None:
+        os.close(lock)  # the main process's alone, or the folder would stay locked for a moment after its death
     _tokenizer, _is_wikitext = tokenizer, is_wikitext
     load_tokenizer.cache_clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, for what was spawned
@@ -313,17 +322,12 @@ def write_json(path: Path, data: dict) -> None:
         json.dump(data, file, indent=1)
 
 
-def shard_path(out_dir: Path, config: DataConfig, split: str, number: int) -> Path:
-    first = (config.val_shards or 1) if split == "train" else 0
-    return out_dir / f"{out_dir.resolve().name}_{split}_{first + number:06d}.bin"
-
-
 class ShardWriter:
     """Writes tokens into shards. A shard appears whole or not at all, and after each the progress is saved."""
 
     def __init__(self, out_dir: Path, config: DataConfig, progress: dict, lengths: np.ndarray) -> None:
         self.out_dir, self.config, self.progress, self.lengths = out_dir, config, progress, lengths
-        self.file, self.split, self.count = None, "", 0
+        self.file, self.split, self.count, self.checksum = None, "", 0, 0
 
     def write(self, batch: Batch, encoded: Encoded, done: int) -> None:
         """Write a batch from its token `done` on."""
@@ -333,13 +337,11 @@ class ShardWriter:
             self.finish(batch.cursor, 0)
         while done < len(tokens):
             if not self.file:
-                in_val = val_shards and sum(shards.values()) < val_shards
-                self.split, self.count = "val" if in_val else batch.split, 0
-                self.path = shard_path(self.out_dir, self.config, self.split, shards[self.split])
-                self.file = open(f"{self.path}.tmp", "wb")  # noqa: SIM115, finish closes it
-                self.file.write(shard_header(0))
+                in_val = val_shards and len(shards["train"]) + len(shards["val"]) < val_shards
+                self.start("val" if in_val else batch.split)
             end = min(len(tokens), done + self.config.shard_tokens - self.count)
             self.file.write(tokens[done:end])
+            self.checksum = zlib.crc32(tokens[done:end], self.checksum)
             counts[f"{self.split}_tokens"] += end - done
             counts[f"{self.split}_words"] += int(words[(starts >= done) & (starts < end)].sum())
             whole = end - done == len(tokens)
@@ -348,6 +350,15 @@ class ShardWriter:
             done = end
             if self.count == self.config.shard_tokens:
                 self.finish(batch.cursor, done)
+
+    def start(self, split: str) -> None:
+        number = len(self.progress["shards"][split])
+        if split == "train":
+            number += self.config.val_shards or 1
+        self.path = self.out_dir / f"{self.out_dir.resolve().name}_{split}_{number:06d}.bin"
+        self.split, self.count, self.checksum = split, 0, 0
+        self.file = open(f"{self.path}.tmp", "wb")  # noqa: SIM115, finish closes it
+        self.file.write(shard_header(0))
 
     def finish(self, cursor: Cursor, skip: int) -> None:
         """End the shard; what comes next is token `skip` of the batch at `cursor`."""
@@ -358,7 +369,7 @@ class ShardWriter:
         self.file.close()
         os.replace(f"{self.path}.tmp", self.path)
         self.file = None
-        self.progress["shards"][self.split] += 1
+        self.progress["shards"][self.split][self.path.name] = [self.count, self.checksum]
         write_json(self.out_dir / "progress.json", self.progress | {"cursor": cursor, "skip": skip})
 
 
@@ -366,60 +377,112 @@ class ShardWriter:
 # The whole
 
 
-def read_progress(out_dir: Path, config: DataConfig, settings: dict) -> dict | None:
-    """What an earlier run with the same settings left, None for a fresh start. Raises UserError if others made it."""
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[int | None]:
+    """A folder that only this process writes, made where there is none -> the handle of its lock.
+
+    A new one in which nothing was written is removed again. Raises UserError where another process writes it.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = lock_folder(folder)
+    try:
+        yield handle
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
+    """(what an earlier run with the same settings left, None for a fresh start; whether it is complete).
+
+    Raises UserError where something else made what is there.
+    """
     shards = sorted(path.name for path in out_dir.glob("*.bin"))
     path = next((path for path in (out_dir / "meta.json", out_dir / "progress.json") if path.exists()), None)
+    done = path is not None and path.name == "meta.json"
     if path is None and shards:
         raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
-    if path is None or not (shards or path.name == "meta.json"):
-        return None  # an earlier run made no shard, so nothing is lost
-    done = path.name == "meta.json"
+    if not shards and not done:
+        return None, False  # an earlier run made no shard, so nothing is lost
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
         counts = progress if done else progress["counts"]
         numbers = [counts[name] for name in COUNTS]
         if not done:
-            numbers += [progress["shards"][split] for split in ("train", "val")]
-            if any(numbers[-2:]):  # else it is that of a fresh start
+            made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
+            numbers += [n for names in made.values() for tokens, checksum in names.values() for n in (tokens, checksum)]
+            if any(made.values()):  # else it is that of a fresh start
                 numbers += [*Cursor._make(progress["cursor"]), progress["skip"]]  # all six
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError
         check_same(out_dir, dict(progress["settings"]), settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged, or was made by something else: choose another --out_dir") from None
-    for split in () if done else ("train", "val"):
-        made = [shard_path(out_dir, config, split, number) for number in range(progress["shards"][split])]
-        missing = next((shard for shard in made if not shard.exists()), None)
-        if missing or sum(map(shard_tokens, made)) != counts[f"{split}_tokens"]:
-            what = f"{missing} is gone" if missing else f"{out_dir}: not the {split} shards that {path} counts"
-            raise UserError(f"{what}; delete {out_dir} to start again")
-    return progress
+        advice = f"choose another --out_dir, or delete {out_dir}"
+        raise UserError(f"{path} is damaged, or made by another or an older program: {advice}") from None
+    if done and not is_whole(out_dir, counts):
+        print(f"{out_dir} has a meta.json, but shards are gone or cut: all are made again")
+        return None, False
+    if not done:
+        check_made(out_dir, made, counts)
+    return progress, done
+
+
+def is_whole(out_dir: Path, counts: dict) -> bool:
+    """Whether the shards there hold as many tokens of each split as `counts` says."""
+    try:
+        return all(
+            sum(map(shard_tokens, find_shards(out_dir, split))) == counts[f"{split}_tokens"]
+            for split in ("train", "val")
+        )
+    except UserError:  # one is cut
+        return False
+
+
+def check_made(out_dir: Path, made: dict[str, dict], counts: dict) -> None:
+    """Raises UserError where the shards that an earlier run made, {split: {name: [tokens, crc32]}}, are not there."""
+    for split, names in made.items():
+        for name, (tokens, _) in names.items():
+            path = out_dir / name
+            if not path.exists() or shard_tokens(path) != tokens:
+                what = "is not as it was made" if path.exists() else "is gone"
+                raise UserError(f"{path} {what}; delete {out_dir} to start again")
+        if sum(tokens for tokens, _ in names.values()) != counts[f"{split}_tokens"]:
+            raise UserError(f"{out_dir / 'progress.json'} is damaged; delete {out_dir} to start again")
 
 
 def check_same(out_dir: Path, old: dict, new: dict) -> None:
     for name, value in new.items():
         if old.get(name) != value:
-            what = "other source files" if name == "source" else f"{name}={old.get(name)}, not {value}"
+            what = (
+                "other source files (name, size or modification time)"
+                if name == "source"
+                else f"{name}={old.get(name)}, not {value}"
+            )
             raise UserError(f"{out_dir} holds shards made with {what}: choose another --out_dir, or delete this one")
 
 
 def prepare(config: DataConfig) -> None:
     """Make the shards and meta.json in config.out_dir, or what of them is still to be made. Raises UserError."""
-    out_dir = Path(os.path.expanduser(config.out_dir))
+    out_dir = Path(config.out_dir)
     tokenizer = tokenizer_content(config.tokenizer)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "num_proc")}
     if tokenizer.startswith("{"):  # the path may change, the content may not
         settings["tokenizer"] = f"json {hashlib.sha256(tokenizer.encode()).hexdigest()[:16]}"
-    progress = read_progress(out_dir, config, settings)
-    if (out_dir / "meta.json").exists():
-        print(f"{out_dir} is complete: {progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens")
-        return
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_proc = config.num_proc or cores
-    pool = start_workers(num_proc, tokenizer, config.detokenize == "wikitext")
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(own_folder(out_dir))
+        progress, done = read_progress(out_dir, settings)
+        if done:
+            print(
+                f"{out_dir} is complete: {progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
+            )
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_proc = config.num_proc or cores
+        pool = start_workers(num_proc, tokenizer, config.detokenize == "wikitext", lock)
         stack.callback(pool.shutdown, cancel_futures=True)
         # Nothing is written until the tokenizer is known and the source's first texts are read.
         description = pool.submit(describe_tokenizer)
@@ -432,27 +495,34 @@ def prepare(config: DataConfig) -> None:
         if progress:
             check_same(out_dir, progress["settings"], settings)
         else:
-            progress = {"settings": settings, "shards": {"train": 0, "val": 0}, "counts": dict.fromkeys(COUNTS, 0)}
+            progress = {"settings": settings, "shards": {"train": {}, "val": {}}, "counts": dict.fromkeys(COUNTS, 0)}
+        progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
         cut = find_cut(source, config.join, config.val_fraction) if config.val_fraction else NEVER
         least = WIKITEXT_PIECE if config.detokenize else PIECE
         batches = make_batches(source, config.join, Cursor(*progress.get("cursor", ())), cut, least)
         stack.enter_context(contextlib.closing(batches))  # now: at the interpreter's exit its readers would complain
         first = next(batches, None)
+        if first is None and "cursor" not in progress:
+            raise UserError(f"{config.dataset or config.files or config.url}: no documents there")
 
-        out_dir.mkdir(parents=True, exist_ok=True)
-        handle = lock_folder(out_dir)
-        stack.callback(lambda: handle is None or os.close(handle))
-        remove_partial(out_dir)
-        for path in out_dir.glob("*.tmp"):
-            path.unlink()
-        write_json(out_dir / "progress.json", progress)
+        begin_writing(out_dir, progress)
         encoded = encode_all(pool, chain([first] if first else [], batches), 8 * num_proc)
         write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source, start)
         write_meta(out_dir, tokenizer, vocab_size, progress)
     counts = progress["counts"]
-    print(f"{out_dir}: {sum(progress['shards'].values())} shards, ", end="")
+    print(f"{out_dir}: {sum(map(len, progress['shards'].values()))} shards, ", end="")
     print(f"{counts['train_tokens']:,} train and {counts['val_tokens']:,} val tokens of {name}")
     print(f"next: python train_gpt2.py --data_dir={out_dir}")
+
+
+def begin_writing(out_dir: Path, progress: dict) -> None:
+    """Save the progress, then remove what a kill left and the shards that are made again."""
+    remove_partial(out_dir)
+    write_json(out_dir / "progress.json", progress)
+    (out_dir / "meta.json").unlink(missing_ok=True)
+    stale = [p for split, made in progress["shards"].items() for p in find_shards(out_dir, split) if p.name not in made]
+    for path in (*out_dir.glob("*.tmp"), *stale):
+        path.unlink()
 
 
 def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, source: Source, start: float) -> None:
@@ -490,7 +560,8 @@ def write_meta(out_dir: Path, tokenizer: str, vocab_size: int, progress: dict) -
     if tokenizer.startswith("{"):
         (out_dir / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         tokenizer = "tokenizer.json"  # in data_dir, which may be moved
-    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, **progress["counts"], "settings": progress["settings"]}
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, **progress["counts"]}
+    meta |= {name: progress[name] for name in ("settings", "shards")}  # {split: {shard's name: [tokens, crc32]}}
     write_json(out_dir / "meta.json", meta)
     (out_dir / "progress.json").unlink()
 

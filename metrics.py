@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,7 @@ class TensorBoard:
     def __init__(self, out_dir: str, kept: list[dict]):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = say_nothing_of_tensorboard
         folder = Path(out_dir, "tensorboard")
         shutil.rmtree(folder, ignore_errors=True)
         self.writer = SummaryWriter(str(folder), flush_secs=20)
@@ -159,6 +161,12 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def say_nothing_of_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, whose error (a full disk) the next call raises again: one report is enough."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 class WandB:

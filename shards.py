@@ -2,6 +2,8 @@
 zeros), then that many uint16 token ids."""
 
 import os
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from configurator import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+BLOCK = 1 << 20  # bytes read at a time
 
 
 def shard_header(num_tokens: int) -> bytes:
@@ -31,3 +34,20 @@ def shard_tokens(path: str | Path) -> int:
     if size != HEADER_BYTES + 2 * tokens or tokens < 0:
         raise UserError(f"{path}: {size} bytes, but its header says {tokens} tokens; the file is cut or damaged")
     return tokens
+
+
+def find_shards(folder: str | Path, split: str) -> list[Path]:
+    """The shards of a split, in the order of their names."""
+    # The last part of the name counts: a folder may be called my_train_set, and its shards after it.
+    name = re.compile(rf".*_{split}_\d+\.bin", re.DOTALL)
+    return sorted(path for path in Path(folder).glob("*.bin") if name.fullmatch(path.name))
+
+
+def shard_checksum(path: str | Path) -> int:
+    """The crc32 of a shard's tokens as bytes. Other threads run meanwhile. Raises OSError."""
+    checksum, block = 0, memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(HEADER_BYTES)
+        while size := file.readinto(block):
+            checksum = zlib.crc32(block[:size], checksum)
+    return checksum

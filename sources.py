@@ -22,6 +22,7 @@ from configurator import UserError, nearest
 from files import whole_file
 
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")  # rows with a column of text; any other file is a text
+TEXT_TYPES = ("string", "large_string", "string_view")  # Arrow's
 ROWS = 256  # read at a time
 BLOCK = 1 << 20  # bytes of a text file read at a time
 
@@ -57,9 +58,17 @@ def read_texts(readers: list[Reader], join: bool, file: int = 0, place: int = 0)
 
 
 def fingerprint(paths: list[str]) -> str:
-    """Of names and sizes. A path on the hub holds the commit; a local file may change its size."""
-    files = [(path, os.path.getsize(path) if os.path.exists(path) else 0) for path in paths]
+    """Of names, and of local files' sizes and modification times; a path on the hub holds the commit."""
+    files = [(path, *file_state(path)) for path in paths]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """(size, modification time) of a local file, () of any other."""
+    if not os.path.exists(path):
+        return ()
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def one_line(error: Exception) -> str:
@@ -71,7 +80,7 @@ def one_line(error: Exception) -> str:
 
 
 def find_files(pattern: str, exclude: str | None) -> list[str]:
-    found = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     excluded = [os.path.expanduser(name.strip()) for name in (exclude or "").split(",")]
     paths = sorted(path for path in found if not any(fnmatch(path, name) for name in excluded))
     if not paths:
@@ -119,7 +128,7 @@ def read_text(path: str, start: int) -> Iterator[tuple]:
                 text, used = codecs.utf_8_decode(data, "strict", last)  # a character may straddle two blocks
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: byte {start + error.start} is not UTF-8; convert or exclude it") from None
-            yield start, text, start == 0, last
+            yield start, text.removeprefix("\ufeff") if start == 0 else text, start == 0, last  # no byte order mark
             start += used
 
 
@@ -186,13 +195,17 @@ def read_tables(tables: Iterator, where: str, column: str, start: int) -> Iterat
 
 
 def check_column(where: str, column: str, schema: Any) -> None:
+    """Raises UserError where it is not a column of text, plain or encoded by a dictionary (pandas' categories)."""
+    import pyarrow
+
     if column not in schema.names:
         known = nearest(column, schema.names) or f"; there are {shorten(', '.join(schema.names), 200)}"
         raise UserError(f"{where}: no column {column!r} (--text_column){known}")
     if schema.names.count(column) > 1:
         raise UserError(f"{where}: {schema.names.count(column)} columns are called {column!r} (--text_column)")
-    if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
-        raise UserError(f"{where}: column {column!r} (--text_column) is {schema.field(column).type}, not text")
+    kind = schema.field(column).type
+    if str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
+        raise UserError(f"{where}: column {column!r} (--text_column) is {kind}, not text")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +228,8 @@ def open_dataset(config: Any) -> Source:
     parts = []
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.subset)
+        if hasattr(builder.config, "batch_size"):  # Parquet: else the first row group's size, which may be 0
+            builder.config.batch_size = ROWS
         for name, split in [("train", config.split)] + ([("val", config.val_split)] if config.val_split else []):
             streams = [builder.as_streaming_dataset(split=each) for each in split.split("+")]
             files = [(stream, index) for stream in streams for index in range(stream.num_shards)]

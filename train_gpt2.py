@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from configurator import PathStr, UserError, cli, configure
-from dataloader import Windows, data_tokenizer, read_meta, same_data, train_batches, val_batches
+from configurator import PathStr, UserError, cli, configure, under_torchrun
+from dataloader import DataGuard, Windows, data_tokenizer, read_meta, train_batches, val_batches
 from distributed import StopRequest, World, hardware, machine, make_deterministic, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
@@ -155,7 +155,8 @@ class Run:
     val: Windows | None
     examples: list  # of HellaSwag
     meta: dict  # of the data
-    identity: dict  # what a checkpoint says beside state and weights: configs, tokenizer, fingerprints of the data
+    guard: DataGuard  # of the data, on rank 0
+    identity: dict  # what every checkpoint of the run says: both configs and the tokenizer
     stop: StopRequest
 
 
@@ -176,7 +177,8 @@ def main() -> int:
     check(config, gpt_config, meta, tokenizer, world)
     train_data, val_data = open_data(config, gpt_config, meta)
     plan = make_plan(config, len(train_data), world)
-    data = world.agree(lambda: same_data(config.data_dir, train_data, val_data, saved.get("data", {})))
+    guard = DataGuard(config.data_dir, ["train", "val"] if val_data else ["train"], meta, saved.get("data", {}))
+    world.agree(guard.check)
     state = State(**{name: saved[name] for name in vars(State()) if name in saved})
     if changed.keys() & {"target_loss", "target_val_loss"}:
         state.target_reached = False
@@ -187,8 +189,8 @@ def main() -> int:
     examples, no_hellaswag = load_hellaswag(config, tokenizer, gpt_config.block_size, world)
 
     # Build the model and its optimizers, then begin the record of the run.
-    identity = dict(config=asdict(config), gpt_config=asdict(gpt_config), tokenizer=tokenizer, data=data)
-    run = make_run(config, gpt_config, plan, world, log, saved, weights, val_data, examples, meta, identity)
+    identity = dict(config=asdict(config), gpt_config=asdict(gpt_config), tokenizer=tokenizer)
+    run = make_run(config, gpt_config, plan, world, log, saved, weights, val_data, examples, meta, guard, identity)
     saved = weights = None  # and with them the file, which stays on disk for as long as anything is mapped to it
     batches = train_batches(
         train_data, config.seed, plan.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
@@ -213,7 +215,8 @@ def main() -> int:
 def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], saved_step: int | None) -> bool:
     """Step by step to the end, or until a signal; whether the run gave up. `saved_step` has its checkpoint already."""
     config, plan, log = run.config, run.plan, run.log
-    logged_step, seconds, stopping, numbers = state.step, 0.0, False, None  # seconds of training since the logged step
+    first_step, logged_step, seconds = state.step + 1, state.step, 0.0  # of training since the logged step
+    stopping, numbers = False, None
     while True:
         # Between two steps: evaluations, a checkpoint, or the end.
         val_loss = None
@@ -222,11 +225,14 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
         state.stopped, done = stopping, finished(state, plan)
         if done and state.step > logged_step:
             log_step(run, state.step, numbers, seconds / (state.step - logged_step))
+        regular = done or (state.step > 0 and due(state, config.checkpoint_interval))
+        saving = state.step != saved_step and (regular or stopping)
+        if saving:
+            run.world.agree(run.guard.check)  # what was trained on data that changed is not kept
         if done or stopping:
             reason = dict(signal=run.stop.reason) if stopping else dict(target_reached=state.target_reached)
             log.write("event", event="stopped" if stopping else "done", step=state.step, **reason)
-        regular = done or (state.step > 0 and due(state, config.checkpoint_interval))
-        if state.step != saved_step and (regular or stopping):
+        if saving:
             saved_step = save(run, state, val_loss if regular else None, last=done or stopping) or saved_step
         if done or stopping:
             return False
@@ -236,8 +242,11 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
         state.step += 1
         numbers = train_step(run, state.step, batches)
         loss, norm, _, stopping = numbers
-        step_seconds = time.perf_counter() - began
-        seconds += step_seconds
+        seconds += time.perf_counter() - began
+        if run.world.is_main and state.step == first_step:
+            run.guard.start_reading()  # not before: the first step waits for nothing
+        if state.step == first_step + 1:  # the first one compiles
+            warn_of_long_steps(log, time.perf_counter() - began)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state.skipped = 0 if finite else state.skipped + 1
         if not finite:
@@ -251,6 +260,15 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
         if state.step == 1 or due(state, config.log_interval) or finished(state, plan):
             log_step(run, state.step, numbers, seconds / (state.step - logged_step))
             logged_step, seconds = state.step, 0.0
+
+
+def warn_of_long_steps(log: Metrics, seconds: float) -> None:
+    """Say in time that torchrun would kill this run before it can stop in order."""
+    if under_torchrun() and seconds > 20:  # saving takes time too
+        log.say(
+            f"a step takes {seconds:.0f} s, but torchrun kills what has not ended 30 s after a signal: start it with "
+            f"torchrun --shutdown-timeout={120 + 2 * round(seconds)}, or a stopped run is not saved"
+        )
 
 
 def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float, bool]:
@@ -377,7 +395,7 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
         state.best = {"step": state.step, "val_loss": val_loss}
     contents = {
         "model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "scaler": run.scaler.state_dict(), **asdict(state), **run.identity,
+        "scaler": run.scaler.state_dict(), "data": run.guard.record, **asdict(state), **run.identity,
     }  # fmt: skip
 
     def write() -> str | None:
@@ -498,7 +516,7 @@ def load_hellaswag(
 
 def make_run(
     config: TrainConfig, gpt_config: GPTConfig, plan: Plan, world: World, log: Metrics, saved: dict,
-    weights: dict | None, val: Windows | None, examples: list, meta: dict, identity: dict,
+    weights: dict | None, val: Windows | None, examples: list, meta: dict, guard: DataGuard, identity: dict,
 ) -> Run:  # fmt: skip
     """The model and its optimizers, new or as they were saved, compiled and wrapped for this number of processes."""
     make_deterministic(world.device, config.deterministic)
@@ -522,7 +540,7 @@ def make_run(
     with autocast:  # two tensors laid out as a real batch: for others it would be compiled once more
         wrapped = world.wrap(model, example[:, :-1], example[:, 1:], warm_up=config.compile)
     return Run(
-        config, plan, world, log, model, wrapped, optimizers, scaler, autocast, val, examples, meta, identity,
+        config, plan, world, log, model, wrapped, optimizers, scaler, autocast, val, examples, meta, guard, identity,
         stop=StopRequest(),
     )  # fmt: skip
 
@@ -541,7 +559,8 @@ def announce(
         log.write("event", event="resume", step=state.step, checkpoint=path.name, changed=changed, **about)
     else:
         configs = {name: run.identity[name] for name in ("config", "gpt_config")}
-        log.write("run", **configs, parameters=model.num_params(), max_steps=plan.max_steps, data=run.meta, **about)
+        data = {name: value for name, value in run.meta.items() if name != "shards"}
+        log.write("run", **configs, parameters=model.num_params(), max_steps=plan.max_steps, data=data, **about)
     epochs = plan.max_steps * plan.rows / num_windows
     log.say(f"model: {model.num_params():,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
     log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")

@@ -1,14 +1,19 @@
 import itertools
 import json
+import os
 import random
+import shutil
+import threading
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_shard
 
+import dataloader
 from configurator import UserError
-from dataloader import Windows, data_tokenizer, permute, read_meta, step_windows, train_batches, val_batches
+from dataloader import DataGuard, Windows, data_tokenizer, permute, read_meta, step_windows, train_batches, val_batches
 
 T = 8
 CPU = torch.device("cpu")
@@ -176,8 +181,13 @@ def test_a_folder_whose_name_has_a_splits_name_in_it(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"vocab_size": 0}, {"vocab_size": 2**40}, {"val_bytes": "1"}, {"val_words": -1}, {"val_tokens": None}]
-)
+    "changed",
+    [
+        {"vocab_size": 0}, {"vocab_size": 2**40}, {"val_bytes": "1"}, {"val_words": -1}, {"val_tokens": None},
+        {"shards": 1}, {"shards": None}, {"shards": {"val": 1}}, {"shards": {"val": {"a": 1}}},
+        {"shards": {"val": {"a": [1, "2"]}}}, {"shards": {"val": {"a": [1]}}},
+    ],
+)  # fmt: skip
 def test_meta_that_is_damaged(tmp_path, changed):
     meta = {"tokenizer": "bytes", "vocab_size": 257, "train_tokens": 9, "val_tokens": 9, **changed}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
@@ -196,3 +206,162 @@ def test_files_of_a_data_folder_that_cannot_be_read(tmp_path):
     (tmp_path / "own.json").mkdir()
     with pytest.raises(UserError, match=r"own\.json"):
         data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300)
+
+
+def test_data_whose_preparation_is_not_finished_is_refused(tmp_path):
+    """With the command that finishes it."""
+    write_shard(tmp_path / "x_train_000000.bin", range(100))
+    (tmp_path / "progress.json").write_text(json.dumps({"command": "python fineweb.py '--files=a b'"}))
+    with pytest.raises(UserError, match=r"not finished; finish it: python fineweb\.py '--files=a b'$"):
+        read_meta(str(tmp_path))
+    for content in (b"{}", b"[]", b'{"command": 1}', b"\xff", b"", b"{"):
+        (tmp_path / "progress.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"not finished; run its fineweb\.py command again"):
+            read_meta(str(tmp_path))
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    assert read_meta(str(tmp_path))["vocab_size"] == 257  # killed between its last two steps
+
+
+# Data that changes
+
+
+@pytest.fixture(params=[True, False], ids=["checksums", "no checksums"])
+def guarded(tmp_path, request):
+    """(folder of a large and a small train shard, its meta.json with checksums or without)."""
+    (tmp_path / "data").mkdir()
+    names = {"x_train_000000.bin": (1 << 20) + 5000, "x_train_000001.bin": 300}
+    shards = {}
+    for name, count in names.items():
+        tokens = np.arange(count, dtype="<u2")
+        write_shard(tmp_path / "data" / name, tokens)
+        shards[name] = [count, zlib.crc32(tokens.tobytes())]
+    return tmp_path / "data", {"shards": {"train": shards}} if request.param else {}
+
+
+def watch(guarded, saved=None):
+    guard = DataGuard(str(guarded[0]), ["train"], guarded[1], saved or {})
+    guard.check()
+    return guard
+
+
+def overwrite(path, how):
+    """New tokens, or the same ones."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    if how == "99%":  # of a large shard, all but 16 pages spread over it
+        pages = np.linspace(0, len(data) - 1024 - 4096, 16).astype(int)
+        kept = [data[1024 + page : 1024 + page + 4096] for page in pages]
+        data[1024:] = bytes(len(data) - 1024)
+        for page, content in zip(pages, kept, strict=True):
+            data[1024 + page : 1024 + page + 4096] = content
+    elif how == "one token":
+        data[-2] ^= 1
+    elif how == "longer":
+        data += b"12"
+    path.write_bytes(data)
+    later = status.st_mtime_ns + (0 if how == "one token, same time" else 10**9)
+    os.utime(path, ns=(later, later))
+
+
+def test_what_a_checkpoint_keeps_of_the_data(guarded):
+    folder, meta = guarded
+    record = watch(guarded).record
+    assert list(record) == ["train"]
+    for name, count in (("x_train_000000.bin", (1 << 20) + 5000), ("x_train_000001.bin", 300)):
+        status = (folder / name).stat()
+        checksum = zlib.crc32(np.arange(count, dtype="<u2").tobytes()) if meta else None
+        assert record["train"][name] == {
+            "tokens": count, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": checksum,
+        }  # fmt: skip
+
+
+def test_the_same_data_between_two_runs(guarded, tmp_path):
+    saved = json.loads(json.dumps(watch(guarded).record))
+    assert watch(guarded, saved).record == saved
+    shutil.copytree(guarded[0], tmp_path / "copy")  # as cp -p
+    assert watch((tmp_path / "copy", guarded[1]), saved).record == saved
+    assert (
+        watch(guarded, {"train": dict.fromkeys(saved["train"], 7), "val": {"x": 7}}).record["train"] == saved["train"]
+    )
+
+
+@pytest.mark.parametrize("how", ["longer", "one token", "touched", "new", "gone", "prepared anew"])
+def test_data_that_changed_between_two_runs(guarded, how):
+    folder, meta = guarded
+    saved, path = watch(guarded).record, folder / "x_train_000001.bin"
+    if how == "gone":
+        path.unlink()
+    elif how == "new":
+        path = folder / "x_train_000002.bin"
+        write_shard(path, range(9))
+    else:
+        overwrite(path, how)
+    if how == "prepared anew" and meta:
+        meta["shards"]["train"][path.name][1] += 1
+    if meta and how in ("one token", "touched"):  # looked at by its checksum, behind the first step
+        guard = watch(guarded, saved)
+        guard.start_reading()
+        guard.reader.join()
+        assert bool(guard.problem) == (how == "one token")
+        return
+    with pytest.raises(UserError, match=path.name) as error:
+        watch(guarded, saved)
+    assert ("cp -p" in str(error.value)) == (not meta and how in ("one token", "touched", "prepared anew"))
+
+
+@pytest.mark.parametrize("how", ["longer", "one token", "99%", "touched", "new", "gone"])
+@pytest.mark.parametrize("name", ["x_train_000000.bin", "x_train_000001.bin"])
+def test_data_that_changes_during_a_run(guarded, how, name):
+    folder, meta = guarded
+    guard, path = watch(guarded), folder / name
+    guard.start_reading()
+    guard.reader.join()
+    guard.check()
+    if how == "gone":
+        path.unlink()
+    elif how == "new":
+        path = folder / "x_train_000002.bin"
+        write_shard(path, range(9))
+    elif how == "99%" and name == "x_train_000001.bin":
+        return
+    else:
+        overwrite(path, how)
+    if meta and how == "touched":
+        guard.check()
+        assert guard.record["train"][name]["mtime_ns"] == path.stat().st_mtime_ns
+        return
+    with pytest.raises(UserError, match=path.name):
+        guard.check()
+
+
+def test_all_tokens_are_compared_with_their_checksum_once_behind_the_first_step(guarded, monkeypatch):
+    """Also those of a shard whose size and time are as they were."""
+    folder, meta = guarded
+    saved, path = watch(guarded).record, folder / "x_train_000000.bin"
+    status = path.stat()
+    overwrite(path, "99%")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    threads, real = [], dataloader.shard_checksum
+    monkeypatch.setattr(
+        dataloader, "shard_checksum", lambda path: threads.append(threading.current_thread()) or real(path)
+    )
+    guard = watch(guarded, saved)
+    guard.check()
+    assert not threads
+    for _ in range(2):
+        guard.start_reading()
+        guard.reader.join()
+    assert threads == [guard.reader] * bool(meta)  # the first shard that is wrong is enough
+    if meta:
+        with pytest.raises(UserError, match=r"x_train_000000\.bin.*checksum"):
+            guard.check()
+
+
+def test_a_shard_that_cannot_be_read_is_a_line(guarded):
+    if guarded[1]:
+        guard = watch(guarded)
+        (guarded[0] / "x_train_000001.bin").unlink()
+        (guarded[0] / "x_train_000001.bin").mkdir()
+        guard.start_reading()
+        guard.reader.join()
+        with pytest.raises(UserError, match=r"x_train_000001\.bin: Is a directory"):
+            guard.check()

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -5,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from configurator import UserError
-from distributed import PEAK_FLOPS, World, hardware, pick_device, pick_dtype
+from configurator import TORCHRUN, UserError
+from distributed import PEAK_FLOPS, StopRequest, World, git_commit, hardware, pick_device, pick_dtype
 
 CPU = torch.device("cpu")
 
@@ -90,3 +92,66 @@ def test_no_peak_is_guessed(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware(torch.device("cuda", 0)) == (name, peak)
     assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
+
+
+@pytest.mark.parametrize(
+    "given", [{"WORLD_SIZE": "4"}, {"RANK": "0"}, {"LOCAL_RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}]
+)
+def test_half_of_torchruns_environment_is_refused(monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{next(n for n in TORCHRUN if n in given)} is set, but not .*MASTER_ADDR"):
+        World("cpu")
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node1")  # as a job script exports it for whatever comes
+    assert World("cpu").size == 1
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(UserError, match="must be numbers"):
+        World("cpu")
+
+
+def test_the_commit_is_that_of_this_code(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    here = git_commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit() == here
+
+
+@pytest.fixture
+def handlers():
+    numbers = [getattr(signal, name) for name in StopRequest.SIGNALS]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", StopRequest.SIGNALS)
+def test_a_signal_is_a_request_to_stop(handlers, name):
+    stop = StopRequest()
+    assert not stop
+    os.kill(os.getpid(), getattr(signal, name))
+    assert stop
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
+    assert stop.reason == name
+
+
+def test_nohup_keeps_its_meaning(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop
+
+
+def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch):
+    assert not StopRequest()  # alone, a parent may die: the shell that started it
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    stop = StopRequest()
+    assert not stop
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop
+    assert stop.reason == "torchrun is gone"

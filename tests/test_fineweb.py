@@ -1,14 +1,17 @@
+import contextlib
 import functools
 import gzip
 import http.server
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from conftest import call
 import fineweb
 import sources
 from configurator import UserError
+from dataloader import read_meta
+from files import lock_folder
 from fineweb import NEVER, Cursor, DataConfig
 from tokenizer import byte_alphabet, get_tokenizer
 
@@ -76,6 +81,11 @@ def read_shard(path):
 
 def read_split(out_dir, split):
     return [token for path in sorted(out_dir.glob(f"*_{split}_*.bin")) for token in read_shard(path)]
+
+
+def checksums(out_dir, names):
+    data = {name: (out_dir / name).read_bytes()[1024:] for name in names}
+    return {name: [len(tokens) // 2, zlib.crc32(tokens)] for name, tokens in data.items()}
 
 
 def prepare(out_dir, **options):
@@ -185,6 +195,10 @@ def test_every_kind_of_source(tmp_path, small, kind):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     trains = [f"out_train_{i:06}.bin" for i in range(1, len(names) - 1)]
     assert names == ["meta.json", *trains, "out_val_000000.bin"]
+    assert meta["shards"] == {
+        "train": checksums(tmp_path / "out", trains),
+        "val": checksums(tmp_path / "out", names[-1:]),
+    }
     assert all(len(read_shard(tmp_path / "out" / name)) == 3000 for name in trains[:-1])
 
 
@@ -332,6 +346,45 @@ def test_a_byte_order_mark_is_no_json(tmp_path):
     assert read_split(tmp_path / "out", "train") == tokens_of(["a"])
 
 
+@pytest.mark.parametrize("content", ["a\ufeffb", "", "\ufeff"])
+def test_a_byte_order_mark_is_no_text(tmp_path, small, content):
+    """At the start of a file; elsewhere it is a character like any other."""
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(content + "word, " * 300 * i, encoding="utf-8-sig")
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/?.txt", val_fraction=0.5)
+    assert read_split(tmp_path / "out", "train") == tokens_of([content])
+    assert read_split(tmp_path / "out", "val") == tokens_of([content + "word, " * 300])
+    assert meta["train_bytes"] == len(content.encode())
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_columns_encoded_by_a_dictionary(tmp_path, small, kind):
+    """As pandas writes its categories."""
+    texts = ["one", "two", "", "one"] * 5
+    (tmp_path / "source").mkdir()
+    column = pyarrow.array([text or None for text in texts]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "source" / "train.parquet")
+    where = {"files": f"{tmp_path}/source/*", "dataset": str(tmp_path / "source")}[kind]
+    prepare(tmp_path / "out", val_fraction=0.25, **{kind: where})
+    assert read_split(tmp_path / "out", "train") == tokens_of(texts[:15])
+    assert read_split(tmp_path / "out", "val") == tokens_of(texts[15:])
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_parquet_files_without_rows(tmp_path, small, kind):
+    (tmp_path / "source").mkdir()
+    where = {"files": f"{tmp_path}/source/*", "dataset": str(tmp_path / "source")}[kind]
+    empty = pyarrow.table({"id": pyarrow.array([], "int64"), "text": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(empty, tmp_path / "source" / "train-0.parquet")
+    with pytest.raises(UserError, match="no documents"):
+        prepare(tmp_path / "out", **{kind: where})
+    assert not (tmp_path / "out").exists()
+    write_rows(tmp_path / "source" / "train-1.parquet", documents(20))
+    pyarrow.parquet.write_table(empty, tmp_path / "source" / "train-2.parquet")
+    prepare(tmp_path / "out", val_fraction=0.1, **{kind: where})
+    assert read_split(tmp_path / "out", "train") == tokens_of(documents(20)[:18])
+
+
 def test_half_a_surrogate_pair(tmp_path):
     write_rows(tmp_path / "a.jsonl", ["a\ud83d b", "c"])
     meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
@@ -419,6 +472,189 @@ def test_killed_processes_leave_nothing_behind(tmp_path):
     assert call("fineweb.py", *options, "--num_proc=1").returncode == 0
     assert contents(out) == contents(tmp_path / "straight" / "out")
     assert "complete" in call("fineweb.py", *options).stdout
+
+
+def killed(monkeypatch, out_dir, **options):
+    """A preparation that dies before its meta.json."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "write_meta", raise_killed)
+        with pytest.raises(Killed):
+            prepare(out_dir, **options)
+
+
+def raise_killed(*_, **__):
+    raise Killed
+
+
+def test_data_that_is_not_finished_names_the_command_that_finishes_it(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    out, command = (
+        tmp_path / "out",
+        ["fineweb.py", f"--files={tmp_path}/a.jsonl", "--shard_tokens=3000", "--num_proc=1"],
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "write_meta", raise_killed)
+        with contextlib.suppress(Killed):
+            call(*command, f"--out_dir={out}")
+    with pytest.raises(UserError, match="not finished") as error:
+        read_meta(str(out))
+    again = str(error.value).partition("finish it: python ")[2]
+    assert call(*shlex.split(again)).returncode == 0
+    assert read_meta(str(out))["train_tokens"] + 3000 == len(tokens_of(documents()))
+
+
+def test_an_older_programs_progress_is_a_line(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 3000}
+    killed(monkeypatch, tmp_path / "out", **options)
+    progress = json.loads((tmp_path / "out" / "progress.json").read_text())
+    progress["shards"] = {split: len(names) for split, names in progress["shards"].items()}
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(UserError, match=r"progress\.json is damaged, or made by another or an older program"):
+        prepare(tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("gone", ["all", "one", "cut", "all but one", "old meta"])
+def test_shards_that_are_gone_are_made_again(tmp_path, small, capsys, gone):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 1000}
+    out = tmp_path / "out"
+    meta = prepare(out, **options)
+    before = contents(out)
+    if gone == "old meta":
+        (out / "meta.json").write_text(json.dumps({name: meta[name] for name in meta if name != "shards"}))
+        prepare(out, **options)
+        assert "complete" in capsys.readouterr().out
+    shards = sorted(out.glob("*.bin"))
+    for path in {"all": shards, "all but one": shards[1:], "cut": []}.get(gone, shards[2:3]):
+        path.unlink()
+    if gone == "cut":
+        shards[1].write_bytes(shards[1].read_bytes()[:-2])
+    capsys.readouterr()
+    prepare(out, **options)
+    said = capsys.readouterr().out
+    assert "made again" in said
+    assert "complete" not in said
+    assert contents(out) == before
+    prepare(out, **options)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_shards_made_again_are_those_of_the_source_alone(tmp_path, small, monkeypatch):
+    """Also where that has become smaller, and the second preparation is killed."""
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 1000}
+    write_rows(tmp_path / "a.jsonl", documents())
+    prepare(tmp_path / "out", **options)
+    (tmp_path / "out" / "out_train_000003.bin").unlink()
+    write_rows(tmp_path / "a.jsonl", documents(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", raise_killed)
+        with pytest.raises(Killed):
+            prepare(tmp_path / "out", **options)
+    killed(monkeypatch, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="not finished"):
+        read_meta(str(tmp_path / "out"))
+    prepare(tmp_path / "out", **options)
+    prepare(tmp_path / "straight" / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight" / "out")
+
+
+def test_a_source_that_changes_at_equal_size_is_noticed(tmp_path, small, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 1000}
+    killed(monkeypatch, tmp_path / "out", **options)
+    status = (tmp_path / "a.jsonl").stat()
+    os.utime(tmp_path / "a.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UserError, match="other source files"):
+        prepare(tmp_path / "out", **options)
+    os.utime(tmp_path / "a.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
+    prepare(tmp_path / "out", **options)
+
+
+# One preparation in a folder
+
+
+def test_the_folder_is_locked_before_anything_in_it_is_read(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    real = fineweb.read_progress
+
+    def read_progress(out_dir, settings):
+        with pytest.raises(UserError, match="another process"):
+            lock_folder(out_dir)
+        return real(out_dir, settings)
+
+    monkeypatch.setattr(fineweb, "read_progress", read_progress)
+    prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
+
+
+def test_two_at_the_same_instant(tmp_path):
+    """One wins, whatever the other wants."""
+    write_rows(tmp_path / "a.jsonl", documents() * 20)
+    options = [f"--files={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out", "--shard_tokens=20000"]
+    names = ("gpt2", "bytes")
+    pair = [start(*options, f"--tokenizer={name}") for name in names]
+    errors = [process.communicate(timeout=30)[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2]
+    won = 0 if pair[0].returncode == 0 else 1
+    assert errors[1 - won].count("\n") == 1
+    meta = read_meta(str(tmp_path / "out"))
+    assert meta["tokenizer"] == names[won]
+    tokens = read_split(tmp_path / "out", "val") + read_split(tmp_path / "out", "train")
+    assert tokens == tokens_of(documents() * 20, get_tokenizer(names[won]))
+
+
+def test_workers_do_not_hold_the_lock_of_a_dead_process(tmp_path):
+    """They live on for a moment, and the folder is free at once."""
+    handle = lock_folder(tmp_path)
+    pool = fineweb.start_workers(2, "bytes", False, handle)
+    try:
+        pool.submit(fineweb.describe_tokenizer).result()
+        time.sleep(0.2)  # so that the second has begun too
+        os.close(handle)
+        os.close(lock_folder(tmp_path))
+    finally:
+        pool.shutdown()
+
+
+def test_a_folder_of_the_users_own_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="no file"):
+        prepare(tmp_path / "out", files="nothere/*")
+    assert (tmp_path / "out").exists()
+
+
+# The terminal
+
+
+@pytest.mark.parametrize("where", ["closed pipe", "full disk"])
+def test_output_that_goes_nowhere_ends_no_preparation(tmp_path, where):
+    write_rows(tmp_path / "a.jsonl", documents())
+    read, write = os.pipe()
+    os.close(read)
+    if where == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), write)
+    options = [f"--files={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out", "--shard_tokens=3000", "--num_proc=1"]
+    done = subprocess.run([sys.executable, SCRIPT, *options], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_meta(str(tmp_path / "out"))["val_tokens"] == 3000
+
+
+def test_an_interrupt_during_the_imports_prints_nothing(tmp_path):
+    (tmp_path / "tiktoken.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT, "--files=a"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "a.jsonl", documents())
+    (tmp_path / "config.py").write_text('out_dir = "~/out"\nshard_tokens = 3000\n')
+    done = call("fineweb.py", f"{tmp_path}/config.py", "--files=~/*.jsonl", "--exclude=~/b*", "--num_proc=1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "meta.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["files", "dataset"])

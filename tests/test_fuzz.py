@@ -523,7 +523,7 @@ class SameProcess:
 def workers():
     """No processes and no waiting for the disk; small pieces, batches and blocks, so that small data has many."""
 
-    def start_workers(num_proc, tokenizer, is_wikitext):
+    def start_workers(num_proc, tokenizer, is_wikitext, lock):
         fineweb._tokenizer, fineweb._is_wikitext = tokenizer, is_wikitext
         fineweb.load_tokenizer.cache_clear()
         return SameProcess()
@@ -743,7 +743,8 @@ def read_rows(data):
             pyarrow.BufferReader(data), columns=["text"], page_checksum_verification=True
         )
         column = table.column("text")
-        if not any(str(column.type) == name for name in ("string", "large_string", "string_view")):
+        kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+        if not any(str(kind) == name for name in ("string", "large_string", "string_view")):
             return None
         return [text or "" for text in column.to_pylist()]
     except Exception:  # whatever: the oracle's refusals
@@ -856,12 +857,11 @@ def test_damaged_state_of_a_preparation(preparations, name, data):
             assert folder in check_line(error)
             return
         after = {path.name: path.read_bytes() for path in out_dir.iterdir()}
-        if name == "meta.json":  # complete, and left as it is
-            assert after == before
+        if name == "meta.json" and after == before:  # complete, and left as it is
             return
         shards = {file: content for file, content in finished.items() if file.endswith(".bin")}
         assert {file: content for file, content in after.items() if file.endswith(".bin")} == shards
-        meta = json.loads(after["meta.json"])
+        meta = json.loads(after["meta.json"])  # perhaps the shards were made again, as meta.json said there were others
         assert all(meta[key] == value for key, value in json.loads(finished["meta.json"]).items() if key != "settings")
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ import torch
 from conftest import ROOT, TRAIN, call, metrics, run, write_shard
 
 import checkpoint
+import distributed
 import train_gpt2
-from metrics import read_metrics
+from configurator import TORCHRUN
+from dataloader import DataGuard
+from metrics import Metrics, read_metrics
 
 FLAGS = [
     *TRAIN, "--resume=True", "--max_steps=24", "--dropout=0.2", "--checkpoint_interval=2", "--sample_interval=8",
@@ -110,6 +114,45 @@ def test_killed_before_its_first_checkpoint(data_dir, tmp_path):
     assert len(metrics(out, "run")) == 1
 
 
+def test_a_run_without_a_checkpoint_lends_its_options(data_dir, tmp_path):
+    """Killed before its first save, it begins again as it was, not as another run with the defaults."""
+    out, flags = tmp_path / "run", [*FLAGS, "--max_steps=3", "--checkpoint_interval=0", "--optimizer=muon"]
+    assert train(data_dir, out, *flags).returncode == 0
+    want = records(out)
+    (out / "ckpt_000003.pt").unlink()
+    refused = call("train_gpt2.py", f"--out_dir={out}", "--resume=True", "--learning_rate=1")
+    assert (refused.returncode, "this run has 0.003" in refused.stderr) == (2, True)
+    assert records(out) == want
+    done = call("train_gpt2.py", f"--out_dir={out}", "--resume=True")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].endswith("starting again at step 0 with this run's options")
+    assert records(out) == want
+    assert len(metrics(out, "run")) == 1
+
+
+def test_fine_tuning_that_died_before_its_first_checkpoint_begins_again(data_dir, tmp_path):
+    """With the dropout and the longer vocabulary that were given then."""
+    assert train(data_dir, tmp_path / "base", *TRAIN, "--max_steps=1").returncode == 0
+    out, flags = tmp_path / "run", [*TRAIN[4:], "--max_steps=2", f"--init_from={tmp_path / 'base'}"]
+    assert train(data_dir, out, *flags, "--dropout=0.3", "--vocab_size=300").returncode == 0
+    want = records(out)
+    (out / "ckpt_000002.pt").unlink()
+    done = call("train_gpt2.py", f"--out_dir={out}", "--resume=True")
+    assert done.returncode == 0, done.stderr
+    assert records(out) == want
+
+
+def test_resuming_where_there_is_no_run(data_dir, tmp_path):
+    """With options it is a fresh start, and says so; with none it would be the defaults', which nobody asked for."""
+    out = tmp_path / "run"
+    refused = call("train_gpt2.py", f"--out_dir={out}", "--resume=True")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "holds no run" in refused.stderr
+    assert not out.exists()
+    done = train(data_dir, out, *FLAGS, "--max_steps=1")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"{out} does not exist: this is a fresh start")
+
+
 PAIR = [*TRAIN, "--max_steps=24", "--checkpoint_interval=2", "--keep_checkpoints=0"]
 
 
@@ -178,7 +221,7 @@ def until(process, text):
         assert line, process.stderr.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path, number):
     out = tmp_path / "run"
     flags = [*TRAIN, "--max_steps=400", "--dropout=0.2", "--checkpoint_interval=100000", "--val_interval=0"]
@@ -285,6 +328,33 @@ def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
     assert refused.communicate(timeout=60)[1].count("already holds a run") == 2
     assert refused.returncode == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_group_whose_torchrun_was_killed_stops_in_order(data_dir, tmp_path):
+    out = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(data_dir, out, *TRAIN, "--max_steps=100000", "--val_interval=0", launcher=launcher)
+    until(process, "step     2/")
+    process.kill()
+    process.communicate(timeout=60)  # until the ranks have closed the output too
+    event = metrics(out, "event")[-1]
+    assert (event["event"], event["signal"]) == ("stopped", "torchrun is gone")
+    assert checkpoint.step_of(checkpoint.newest_whole(out)) == event["step"] < 100000
+    flags = ["--max_steps=100000", "--val_interval=0", f"--max_steps={event['step'] + 1}"]
+    assert train(data_dir, out, *TRAIN, *flags, "--resume=True").returncode == 0  # nobody holds the lock
+
+
+def test_steps_that_outlast_torchruns_patience_are_announced(capsys, tmp_path, monkeypatch):
+    log = Metrics(tmp_path)
+    train_gpt2.warn_of_long_steps(log, 45.0)
+    assert capsys.readouterr().out == ""
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    train_gpt2.warn_of_long_steps(log, 5.0)
+    assert capsys.readouterr().out == ""
+    train_gpt2.warn_of_long_steps(log, 45.0)
+    assert "--shutdown-timeout=210" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +547,86 @@ def test_the_same_data_elsewhere_is_the_same(own_data, data_dir, tmp_path):
     assert train(data_dir, out, *TRAIN, "--max_steps=4", "--resume=True").returncode == 0
 
 
+def with_checksums(folder):
+    """The data as fineweb.py leaves it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shards = {"train": {}, "val": {}}
+    for path in folder.glob("*.bin"):
+        tokens = path.read_bytes()[1024:]
+        shards["val" if "_val_" in path.name else "train"][path.name] = [len(tokens) // 2, zlib.crc32(tokens)]
+    (folder / "meta.json").write_text(json.dumps({**meta, "shards": shards}))
+    return folder
+
+
+def test_data_copied_without_its_times_is_the_same_where_checksums_are_known(own_data, tmp_path):
+    out = tmp_path / "run"
+    assert train(with_checksums(own_data), out, *TRAIN, "--max_steps=2").returncode == 0
+    for path in own_data.iterdir():
+        os.utime(path)
+    assert train(own_data, out, *TRAIN, "--max_steps=4", "--resume=True").returncode == 0
+    (run_record,) = metrics(out, "run")
+    assert "shards" not in run_record["data"]  # thousands of names, in a line for eyes
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("how", ["zeros", "touched", "gone", "new"])
+def test_data_that_changes_during_a_run(own_data, tmp_path, monkeypatch, how, checksums):
+    """The run ends, the last good checkpoint is kept, and with the data restored it goes on."""
+    if checksums:
+        with_checksums(own_data)
+    flags = [*TRAIN, "--max_steps=6", "--checkpoint_interval=2"]
+    assert train(own_data, tmp_path / "straight", *flags).returncode == 0
+    shutil.copytree(own_data, tmp_path / "kept")
+    path, out, save = own_data / "tiny_train_000002.bin", tmp_path / "run", checkpoint.save
+
+    def save_then_change(*args):
+        saved = save(*args)
+        if how == "zeros":
+            with open(path, "r+b") as file:
+                file.seek(1024)
+                file.write(bytes(path.stat().st_size - 1024))
+        elif how == "gone":
+            path.unlink()
+        elif how == "new":
+            write_shard(own_data / "tiny_train_000003.bin", range(200))
+        if how != "gone":
+            later = path.stat().st_mtime_ns + (0 if how == "new" else 10**9)
+            os.utime(path, ns=(later, later))
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_then_change)
+        done = train(own_data, out, *flags)
+    if checksums and how == "touched":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "tiny_train_00000" in done.stderr
+        assert [path.name for path in out.glob("ckpt_*.pt")] == ["ckpt_000002.pt"]
+        shutil.rmtree(own_data)
+        shutil.copytree(tmp_path / "kept", own_data)
+        out = shutil.copytree(out, tmp_path / "again")  # the lock of the other is this process's until it ends
+        assert train(own_data, out, *flags, "--resume=True").returncode == 0
+    assert records(out) == records(tmp_path / "straight")
+
+
+def test_a_damaged_shard_whose_size_and_time_are_as_they_were(own_data, tmp_path, monkeypatch):
+    """Found by its checksum, in the background, behind the first step; no checkpoint of it is written."""
+    path, status = own_data / "tiny_train_000002.bin", (own_data / "tiny_train_000002.bin").stat()
+    with_checksums(own_data)
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    start_reading = DataGuard.start_reading
+    monkeypatch.setattr(DataGuard, "start_reading", lambda guard: start_reading(guard) or guard.reader.join())
+    done = train(own_data, tmp_path / "run", *TRAIN, "--max_steps=3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "tiny_train_000002.bin" in done.stderr
+    assert not list((tmp_path / "run").glob("ckpt_*.pt"))
+    assert len(metrics(tmp_path / "run", "train")) == 3
+
+
 def test_a_missing_shard_is_noticed_at_the_start(own_data, tmp_path):
     next(own_data.glob("*train_000002.bin")).unlink()
     done = train(own_data, tmp_path / "run", *TRAIN, "--max_steps=4")
@@ -514,6 +664,28 @@ def test_a_clock_set_back(data_dir, tmp_path, monkeypatch):
     assert train(data_dir, out, *flags).returncode == 0
     assert records(out) == records(tmp_path / "a")
     assert all(r["dt"] > 0 for r in metrics(out, "train"))
+
+
+def test_a_deleted_metrics_file_lets_no_second_run_in(data_dir, tmp_path):
+    out = tmp_path / "run"
+    first = start(data_dir, out, *TRAIN, "--max_steps=100000")
+    until(first, "step     2/")
+    (out / "metrics.jsonl").unlink()
+    done = train(data_dir, out, *TRAIN, "--max_steps=100000", "--resume=True")
+    assert (done.returncode, "another process" in done.stderr) == (2, True)
+    first.kill()
+    first.communicate()
+
+
+def test_weights_that_cannot_speak_end_no_run(data_dir, tmp_path, monkeypatch):
+    hidden = train_gpt2.GPT.hidden
+    spoiled = lambda self, *args: hidden(self, *args) * (1 if self.training else math.nan)  # noqa: E731
+    monkeypatch.setattr(train_gpt2.GPT, "hidden", spoiled)
+    done = train(data_dir, tmp_path / "run", *TRAIN, "--max_steps=2", "--sample_interval=2", "--val_interval=0")
+    assert done.returncode == 0, done.stderr
+    events = [(e["step"], e["event"]) for e in metrics(tmp_path / "run", "event")]
+    assert events == [(0, "no sample"), (2, "no sample"), (2, "done")]
+    assert metrics(tmp_path / "run", "sample") == []
 
 
 def test_a_torn_metrics_line(data_dir, tmp_path):
@@ -586,14 +758,15 @@ def straight(data_dir, tmp_path_factory):
     return out
 
 
-def test_what_is_not_given_is_as_it_was(data_dir, straight, tmp_path):
+def test_what_is_not_given_is_as_it_was(data_dir, straight, tmp_path, monkeypatch):
     """A resumed run needs no flag but its folder; a changed length is taken, and said."""
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    done = call(
-        "train_gpt2.py", f"--out_dir={out}", "--resume=True", "--device=cpu", "--max_steps=4", "--log_interval=2"
-    )
+    picked = []
+    monkeypatch.setattr(distributed, "pick_device", lambda device, rank: picked.append(device) or torch.device("cpu"))
+    done = call("train_gpt2.py", f"--out_dir={out}", "--resume=True", "--max_steps=4", "--log_interval=2")
     assert done.returncode == 0, done.stderr
+    assert picked == ["cpu"]
     assert "changed: max_steps = 4, was 2" in done.stdout
     (event,) = [e for e in metrics(out, "event") if e["event"] == "resume"]
     assert event["changed"] == {"max_steps": [2, 4], "log_interval": [1, 2]}

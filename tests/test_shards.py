@@ -1,9 +1,11 @@
+import random
 import struct
+import zlib
 
 import pytest
 
 from configurator import UserError
-from shards import MAGIC, shard_header, shard_tokens
+from shards import BLOCK, MAGIC, find_shards, shard_checksum, shard_header, shard_tokens
 
 
 def test_tokens(tmp_path):
@@ -37,3 +39,16 @@ def test_paths_that_are_no_file(tmp_path):
     for name in ("folder.bin", "missing.bin"):
         with pytest.raises(UserError, match=name):
             shard_tokens(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [0, 2, BLOCK - 2, BLOCK, 2 * BLOCK + 6])
+def test_checksum_of_all_tokens(tmp_path, size):
+    path, tokens = tmp_path / "x_train_000000.bin", random.Random(size).randbytes(size)
+    path.write_bytes(shard_header(size // 2) + tokens)
+    assert shard_checksum(path) == zlib.crc32(tokens)
+
+
+def test_shards_of_a_split_in_order(tmp_path):
+    for name in ("x_train_000010.bin", "x_train_000002.bin", "x_val_000000.bin", "train_.bin", "x_train_1.bin.tmp"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_shards(tmp_path, "train")] == ["x_train_000002.bin", "x_train_000010.bin"]

@@ -3,8 +3,11 @@
     python records/2026-11-20_torture/torture.py --signal=KILL --kills=50 --processes=1 --optimizer=muon
 
 KILL: SIGKILL to all its processes at once, as when a machine dies; then the same command with --resume=True.
-TERM: SIGTERM to the launcher; it must end in order, with a checkpoint of the very step that was running.
+TERM, HUP, USR1: that signal to the launcher; it must end in order, with a checkpoint of the very step that was running.
+AGENT: SIGKILL to torchrun, which leaves its processes behind; they must end in order as for SIGTERM.
 RANK: SIGKILL to one process out of several; torchrun --max-restarts must go on by itself.
+DISK: the run's own small file system is filled up to a random rest, now and then with a SIGKILL and a new start while
+it is full, then emptied (Linux, as root). Best values are not compared: a step that is not saved cannot be the best.
 A third of the blows wait until a checkpoint is being written. Equal must be: every bit of the last checkpoint (weights,
 optimizer states, best values), and every train, val and sample record but its timings. Prints one JSON line.
 """
@@ -32,10 +35,12 @@ from configurator import UserError, cli, configure  # noqa: E402
 from metrics import read_metrics  # noqa: E402
 from shards import shard_header  # noqa: E402
 
+DISK = 48 << 20  # bytes of the small file system: the checkpoints that are kept, and two more
+
 
 @dataclass(frozen=True)
 class TortureConfig:
-    signal: Literal["KILL", "TERM", "RANK"] = "KILL"
+    signal: Literal["KILL", "TERM", "HUP", "USR1", "AGENT", "RANK", "DISK"] = "KILL"
     kills: int = 50
     processes: int = 1
     optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
@@ -49,23 +54,32 @@ class TortureConfig:
 def main() -> int:
     config, _ = configure(TortureConfig)
     rng = random.Random(config.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         make_data(Path(folder, "data"))
-        alone, tortured = Path(folder, "alone"), Path(folder, "tortured")
+        alone, tortured = Path(folder, "alone"), Path(folder, "small", "tortured")
+        tortured.parent.mkdir()
+        if config.signal == "DISK":
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", tortured.parent]
+            subprocess.run(mount, check=True)
+            stack.callback(subprocess.run, ["umount", tortured.parent], check=True)
         straight = subprocess.run(
             command(config, folder, alone, restarts=0), capture_output=True, text=True, env=env(config)
         )
         if straight.returncode:
             raise UserError(straight.stderr)
         began = time.perf_counter()
-        done, saving = (torture_ranks if config.signal == "RANK" else torture)(config, folder, tortured, rng)
+        how = {"RANK": torture_ranks, "DISK": torture_disk}.get(config.signal, torture)
+        done, saving = how(config, folder, tortured, rng)
         seconds = time.perf_counter() - began
-        same = {"records": records(alone) == records(tortured), "state": digest(alone) == digest(tortured)}
+        leave_out = {"out_dir"} | ({"best"} if config.signal == "DISK" else set())
+        states = [digest(out, leave_out) for out in (alone, tortured)]
+        same = {"records": records(alone) == records(tortured), "state": states[0] == states[1]}
         steps = [r["step"] for r in read_metrics(tortured / "metrics.jsonl") if r["kind"] == "train"]
         resumed = [r for r in read_metrics(tortured / "metrics.jsonl") if r.get("event") == "resume"]
         result = dict(
             **asdict(config), while_saving=saving, resumes_on_record=len(resumed), train_records=len(steps),
-            sha256=digest(tortured)[:16], same=same, seconds=round(seconds),
+            sha256=states[1][:16], same=same, seconds=round(seconds),
         )  # fmt: skip
         print(json.dumps(result))
     return 0 if all(same.values()) and done and len(steps) == len(set(steps)) == config.steps else 1
@@ -95,20 +109,62 @@ def torture(config: TortureConfig, folder: str, out: Path, rng: random.Random) -
             process.communicate()
             kills += 1
             continue
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        expected = 0 if config.processes == 1 else 1  # torchrun's own
+        number = signal.SIGKILL if config.signal == "AGENT" else getattr(signal, f"SIG{config.signal}")
+        process.send_signal(number)
+        process.communicate(timeout=60)  # the output is closed when the last process has ended
+        expected = (
+            0 if config.processes == 1 else -number if config.signal in ("AGENT", "USR1") else 1
+        )  # torchrun's own
         events = [r for r in read_metrics(out / "metrics.jsonl") if r.get("event") == "stopped"]
         states = sorted(out.glob("ckpt_*.pt"))
         if any(r.get("event") == "done" for r in read_metrics(out / "metrics.jsonl")):
             raise UserError(f"ended by itself after {kills} blows; give more --steps")
         if process.returncode != expected or len(events) != kills + 1:
-            raise UserError(f"SIGTERM number {kills + 1} ended with {process.returncode}, on record are {events}")
+            raise UserError(f"blow number {kills + 1} ended with {process.returncode}, on record are {events}")
         if events[-1]["step"] and states[-1] != out / f"ckpt_{events[-1]['step']:06d}.pt":
             raise UserError(f"stopped at {events[-1]}, but the newest checkpoint is {states[-1]}")
         kills += 1
     last = subprocess.run(command(config, folder, out, restarts=0), capture_output=True, text=True, env=env(config))
     return last.returncode == 0, saving
+
+
+def torture_disk(config: TortureConfig, folder: str, out: Path, rng: random.Random) -> tuple[bool, int]:
+    """Fillings of a file system that holds the run alone: (whether it reached the end, fillings while saving)."""
+    disk = out.parent
+    process, log, saving = None, Path(folder, "log"), 0
+    for _ in range(config.kills):
+        process = go_on(process, config, folder, out, log)
+        time.sleep(rng.uniform(0.2, 1.5))
+        saving += wait(out, process, rng)
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        size = max(0, free - rng.choice([0, rng.randrange(5000), rng.randrange(1 << 20), rng.randrange(DISK // 3)]))
+        with contextlib.suppress(OSError):  # the run was faster, and took some of it
+            (disk / "filling").write_bytes(bytes(size))
+        time.sleep(rng.uniform(0, 0.5))
+        if rng.random() < 0.4:
+            for pid in (*descendants(process.pid), process.pid):
+                kill(pid)
+            process.wait()
+            process = go_on(process, config, folder, out, log)
+            time.sleep(rng.uniform(0, 3))
+        (disk / "filling").unlink()
+    while process.wait(timeout=300) and "No space left" in log.read_text():  # the last checkpoint, or a start
+        process = go_on(process, config, folder, out, log)
+    return process.returncode == 0, saving
+
+
+def go_on(
+    process: subprocess.Popen | None, config: TortureConfig, folder: str, out: Path, log: Path
+) -> subprocess.Popen:
+    """The same process, or where it has ended (as a full disk makes it) the next one."""
+    if process and process.poll() is None:
+        return process
+    if process and process.returncode == 0:
+        raise UserError("ended by itself; give more --steps")
+    if process and process.returncode > 0 and "No space left" not in log.read_text():
+        raise UserError(f"ended with {process.returncode}:\n{log.read_text()}")
+    with open(log, "w") as file:
+        return subprocess.Popen(command(config, folder, out, 0), stdout=file, stderr=file, env=env(config))
 
 
 def torture_ranks(config: TortureConfig, folder: str, out: Path, rng: random.Random) -> tuple[bool, int]:
@@ -201,11 +257,12 @@ def records(out: Path) -> list[dict]:
     return [{name: value for name, value in r.items() if name not in timings} for r in kept]
 
 
-def digest(out: Path) -> str:
-    """SHA-256 of the newest checkpoint's content, but for the name of its folder."""
+def digest(out: Path, leave_out: set[str]) -> str:
+    """SHA-256 of the newest checkpoint's content but for these names, of the state or of its config."""
     path = max(out.glob("ckpt_*.pt"))
     state = torch.load(path, weights_only=True)
-    state["config"] = {name: value for name, value in state["config"].items() if name != "out_dir"}
+    state["config"] = {name: value for name, value in state["config"].items() if name not in leave_out}
+    state = {name: value for name, value in state.items() if name not in leave_out}
     sha = hashlib.sha256()
 
     def add(value: object) -> None:
