@@ -289,13 +289,17 @@ def test_crafted_optimizer_state_is_refused_by_name(kind, what):
                 checkpoint.restore(crafted, model, optimizers, SCALER)
 
 
-def test_a_moment_without_its_numbers_is_copied_out():
-    """The shape is right, but all of it is one number: fused code would write past its end."""
+def test_a_moment_that_lies_otherwise_is_laid_out_anew():
+    """The shape is right, but all of it is one number, or its rows are columns: fused code takes them one by one."""
     model, optimizers, saved = trained("adamw")
-    moment = saved["optimizers"][0]["state"][0]
-    moment["exp_avg"] = torch.zeros(1).expand(moment["exp_avg"].shape)
+    moments = saved["optimizers"][0]["state"][0]
+    want = moments["exp_avg_sq"]
+    moments["exp_avg"] = torch.zeros(1).expand(want.shape)
+    moments["exp_avg_sq"] = want.t().contiguous().t()
     checkpoint.restore(saved, model, optimizers, SCALER)
-    assert all(t.is_contiguous() for each in optimizers[0].state.values() for t in each.values())
+    have = optimizers[0].state[model.wte.weight]
+    assert have["exp_avg"].stride() == have["exp_avg_sq"].stride() == want.stride()
+    assert torch.equal(have["exp_avg_sq"], want)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +367,7 @@ def test_weights_too_many_or_too_few(tmp_path):
     [
         dict(n_layer=10**9),
         dict(n_layer=10**9, n_embd=1),
+        dict(n_layer=1000, n_embd=1, mlp_hidden=1),  # as many numbers as the file has bytes, but not as many tensors
         dict(vocab_size=2**60),
         dict(block_size=2**60),
         dict(mlp_hidden=2**62),

@@ -1,15 +1,21 @@
+import json
+import shutil
+
 from conftest import ROOT, call, metrics
 
 
 def test_goes_on_where_it_stopped(data_dir, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(next(ROOT.glob("records/*_finetune_table")))
+    data = shutil.copytree(data_dir, tmp_path / "data")  # as if it were made with the stand-ins' tokenizer
+    meta = json.loads((data / "meta.json").read_text()) | {"tokenizer": "gpt2", "vocab_size": 50257}
+    (data / "meta.json").write_text(json.dumps(meta))
 
     def table(steps, contexts):
         flags = f"--device=cpu --compile=False --max_steps={steps} --val_interval=1"
         done = call(
             "table.py", "--standins=True", "--models=gpt2", "--data=wikitext2", f"--contexts={contexts}",
             f"--flags={flags}",
-            f"--wikitext2_dir={data_dir}", f"--out_dir={tmp_path}",
+            f"--wikitext2_dir={data}", f"--out_dir={tmp_path}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout == (tmp_path / "table.md").read_text()
