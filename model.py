@@ -27,7 +27,7 @@ class GPTConfig:
     """The architecture. The defaults are GPT-2 124M as published."""
 
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # rows of the embedding; 50304 (a multiple of 128) is faster on GPUs, the rest is padding
+    vocab_size: int = 50257  # rows of the embedding; on GPUs 50304 = 128 x 393 saves padding the logits in every step
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width of the residual stream

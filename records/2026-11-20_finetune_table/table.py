@@ -89,7 +89,9 @@ def cell(config: TableConfig, data: str, model: str, source: str, context: int) 
         with open(f"{run}.log", "a", encoding="utf-8") as log:
             process = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
             log.write(process.stderr)
-        said = "out of memory" if "OutOfMemoryError" in process.stderr else "".join(process.stderr.splitlines()[-1:])
+        said = (
+            "out of memory" if "error: out of memory" in process.stderr else "".join(process.stderr.splitlines()[-1:])
+        )
         losses = finished(run)
     return losses or [f"failed: {said or 'stopped'}".replace("|", "/"), "-", "-"]
 
