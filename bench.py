@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,12 +34,13 @@ import numpy as np
 import torch
 
 from configurator import PathStr, UserError, cli, configure, under_torchrun
-from dataloader import Windows, read_meta, train_batches
+from dataloader import train_batches
 from distributed import World, hardware, machine, pick_dtype
 from metrics import Metrics
 from model import GPTConfig
 from shards import shard_header
-from train_gpt2 import Run, TrainConfig, check, fill_in, make_plan, make_run, open_data, starting_point, train_step
+from start import look
+from train_gpt2 import Run, TrainConfig, build, train_step
 
 HERE = Path(__file__).parent
 
@@ -63,15 +64,15 @@ class BenchConfig:
 
 
 def main() -> int:
-    bench, config, gpt_config, given = configure(BenchConfig, TrainConfig, GPTConfig)
+    bench, config, gpt_config, sources = configure(BenchConfig, TrainConfig, GPTConfig)
     if bench.compare or bench.against:
         print(json.dumps(compare(bench, sys.argv[1:])))
         return 0
     world = World(config.device)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        run, data = build(config, gpt_config, given, world, folder)
-        result = measure(bench, run, data, built=time.perf_counter() - began)
+        run = build_run(config, gpt_config, sources, world, Path(folder))
+        result = measure(bench, run, built=time.perf_counter() - began)
     world.close()
     if world.is_main:
         mfu = f" | mfu {result['mfu']:.1%}" if result["mfu"] else ""
@@ -85,42 +86,40 @@ def main() -> int:
     return 0
 
 
-def build(
-    config: TrainConfig, gpt_config: GPTConfig, given: Collection[str], world: World, folder: str
-) -> tuple[Run, Windows]:
-    """The run that train_gpt2.py would begin, less what happens between steps, and its data: random tokens in `folder`
-    where the config names a data_dir that is not there. Raises UserError as train_gpt2.py does."""
-    config = replace(config, val_interval=0, target_val_loss=None, hellaswag_interval=0, sample_interval=0)
-    random_data = not os.path.isdir(config.data_dir) and given.get("data_dir") != "--data_dir"
-    meta = {} if random_data else read_meta(config.data_dir)
-    gpt_config, weights = starting_point({}, config, gpt_config, given, meta)
-    config, log = fill_in(config, gpt_config, world), Metrics(config.out_dir, world.is_main)
-    check(config, gpt_config, meta, None, world)
-    if random_data:
+def build_run(config: TrainConfig, gpt_config: GPTConfig, sources: dict[str, str], world: World, folder: Path) -> Run:
+    """The run that train_gpt2.py would begin, without what happens between steps; on random tokens if the config names
+    a data_dir that is not there. Nothing is written but to `folder`. Raises UserError as train_gpt2.py does."""
+    config = replace(
+        config, resume=False, out_dir=str(folder / "run"), val_interval=0, target_val_loss=None, hellaswag_interval=0,
+        sample_interval=0,
+    )  # fmt: skip
+    log = Metrics(config.out_dir, world.is_main)
+    if not os.path.isdir(config.data_dir) and sources.get("data_dir") != "--data_dir":
         log.say(f"{config.data_dir} is not there: measured on random tokens")
-        config = replace(config, data_dir=folder)
-        ids = min(gpt_config.vocab_size, 1 << 16)
-        tokens = np.random.default_rng(0).integers(0, ids, 10 * config.total_batch_size + 1, dtype=np.uint16)
-        Path(folder, "random_train_000000.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
-    data, _ = open_data(config, gpt_config, meta)
-    plan = make_plan(config, len(data), world)
-    return make_run(config, gpt_config, plan, world, log, {}, weights, None, [], meta, None, {}), data
+        config = replace(config, data_dir=str(folder))
+        count = 10 * (config.total_batch_size or config.batch_size * gpt_config.block_size * world.size) + 1
+        tokens = np.random.default_rng(0).integers(0, min(gpt_config.vocab_size, 1 << 16), count, dtype=np.uint16)
+        (folder / "random_train_000000.bin").write_bytes(shard_header(count) + tokens.tobytes())
+    start = look(config, gpt_config, sources, (), world, log)
+    return build(start, world, log, examples=[])
 
 
-def measure(bench: BenchConfig, run: Run, data: Windows, built: float) -> dict:
+def measure(bench: BenchConfig, run: Run, built: float) -> dict:
     """Take the steps; what the JSON line says. `built`: the seconds that building the run took."""
-    config, plan, world = run.config, run.plan, run.world
+    config, plan, world = run.start.config, run.start.plan, run.world
     device, synchronize = world.device, getattr(torch, world.device.type).synchronize
-    batches = train_batches(data, config.seed, plan.rows, config.batch_size, world.rank, world.size, device, 1)
+    batches = train_batches(
+        run.start.train_data, config.seed, plan.rows, config.batch_size, world.rank, world.size, device, 1
+    )
     clock, losses, skipped, times = Clock(run), [], [], []
     timed = clock.timed(batches)
 
     def one_step(step: int) -> None:
-        loss, norm, _, stop = train_step(run, step, timed)
-        if stop:
+        result = train_step(run, step, timed)
+        if result.stop:
             raise KeyboardInterrupt
-        losses.append(loss if math.isfinite(loss) else None)
-        skipped.append(not (math.isfinite(loss) and math.isfinite(norm)))
+        losses.append(result.loss if math.isfinite(result.loss) else None)
+        skipped.append(not result.finite)
 
     for step in range(1, bench.warmup + bench.steps + 1):
         if step == bench.warmup + 1:

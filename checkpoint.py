@@ -1,12 +1,10 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
-import dataclasses
 import re
 import sys
 import typing
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -15,9 +13,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, check
-from distributed import World
 from files import remove_partial, whole_file
-from metrics import Metrics, read_metrics
 from model import GPT, GPTConfig
 
 # What makes it a model that can speak, a run that can go on, and parts of that; each with its types.
@@ -119,92 +115,6 @@ def newest_whole(out_dir: str) -> Path | None:
     if paths:
         raise UserError(f"{out_dir}: no whole checkpoint among {len(paths)}; restore one, or start in another out_dir")
     return None
-
-
-def find_run(config: Any, given: dict, world: World, log: Metrics) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from and what it holds; (None, {}) for a run from the start.
-
-    A run that died before its first checkpoint left its record: then (None, that run's options). Raises UserError
-    rather than start over a run that is there, or start one that the user did not describe.
-    """
-
-    def look() -> tuple[Path | None, dict]:
-        begun = log.lock()
-        records = read_metrics(log.path) if begun else []
-        restarted = world.restarts > 0 and any(record.get("launch") == world.launch for record in records)
-        if not config.resume and not restarted:  # torchrun restarts what this very launch began
-            if find(config.out_dir) or (begun and log.path.stat().st_size):
-                raise UserError(
-                    f"out_dir {config.out_dir} already holds a run; go on with --resume=True, or name another"
-                )
-            return None, {}
-        path = newest_whole(config.out_dir)
-        record = next((record for record in records if record["kind"] == "run"), {})
-        options = {name: record[name] for name in ("config", "gpt_config") if isinstance(record.get(name), dict)}
-        if path:
-            return path, {}
-        if len(options) == 2:
-            log.say(f"{config.out_dir} has no checkpoint: starting again at step 0 with this run's options")
-            return None, options
-        if not given.keys() - {"out_dir", "resume"}:
-            raise UserError(
-                f"out_dir {config.out_dir} holds no run to go on with; check its name, or say what to train"
-            )
-        if not log.path.parent.is_dir():
-            log.say(f"{config.out_dir} does not exist: this is a fresh start")
-        return None, {}
-
-    path, options = world.agree(look)
-    return path, load_run(path) if path else options
-
-
-def resume_options(
-    saved: dict,
-    config: Any,
-    gpt_config: GPTConfig,
-    given: dict[str, str],
-    may_change: Collection[str],
-    path: Path | None,
-) -> tuple[Any, GPTConfig, dict]:
-    """The two configs to go on with: the saved values, and of those given now the ones that may change; and what of it
-    differs, {name: [saved, now]}. Without saved ones: as asked.
-
-    `given` says where each was set. Raises UserError where a value was given that would make it another run.
-    """
-    if not saved:
-        return config, gpt_config, {}
-    where = path or Path(config.out_dir, "metrics.jsonl")
-    found_at_start = {name for name in ("seq_len", "total_batch_size") if getattr(config, name) is None}
-    given = {"out_dir": "--out_dir", "resume": "--resume"} | given
-    given = {name: source for name, source in given.items() if name not in found_at_start}
-    config = as_it_was(saved["config"], config, given, may_change, where)
-    gpt_config = as_it_was(saved["gpt_config"], gpt_config, given, (), where)
-    changed = {
-        name: [saved["config"].get(name), value]
-        for name, value in dataclasses.asdict(config).items()
-        if value != saved["config"].get(name) and name not in ("out_dir", "resume")
-    }
-    return config, gpt_config, changed
-
-
-def as_it_was(saved: dict, asked: Any, given: dict[str, str], may_change: Collection[str], path: Path) -> Any:
-    """The dataclass to resume with: the saved values, and of those given now the ones that may change.
-
-    `given` says where each was set. Raises UserError where a value that would make it another run was given anew.
-    """
-    values, hints = {}, typing.get_type_hints(type(asked))
-    for field in dataclasses.fields(asked):
-        name, want = field.name, getattr(asked, field.name)
-        have = check(name, saved.get(name, field.default), hints, str(path))
-        if name in given and want != have and name not in may_change:
-            raise UserError(
-                f"{given[name]}: {name} = {want!r}, but this run has {have!r} ({path}); go on with that, or start anew"
-            )
-        values[name] = want if name in given else have
-    try:
-        return type(asked)(**values)
-    except ValueError as error:  # a rule across the fields
-        raise UserError(f"{error} ({path} and what was given now)") from None
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:

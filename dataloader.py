@@ -289,8 +289,10 @@ def val_batches(
     windows: Windows, val_tokens: int, batch_size: int, rank: int, world_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the first val_tokens, in batches of at most batch_size windows: the same set of windows
-    whatever the batch size and the number of ranks."""
+    whatever the batch size and the number of ranks. All ranks get the same number of batches; the last may be empty.
+    """
     count = min(val_tokens // windows.seq_len, len(windows))
-    for start in range(rank * batch_size, count, world_size * batch_size):
+    for first in range(0, count, world_size * batch_size):
+        start = first + rank * batch_size
         x, y = windows.read(np.arange(start, min(start + batch_size, count)))
         yield x.to(device), y.to(device)

@@ -113,6 +113,10 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, flag: object) -> bool:
+        """Whether it is true on any rank. All ranks must ask."""
+        return bool(flag) if self.size == 1 else self.sum([bool(flag)])[0] > 0
+
     def mean_(self, value: Tensor) -> Tensor:
         """A tensor averaged over all ranks, in place, on its own device and without waiting for it."""
         if dist.is_initialized():
@@ -131,8 +135,8 @@ class World:
         dist.all_gather(list(results.split(share)), function(padded[self.rank * share :][:share]).contiguous())
         return results[: len(batch)]
 
-    def agree(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns on rank 0, on every rank; a UserError it raises there is every rank's."""
+    def on_main(self, decide: Callable[[], Any]) -> Any:
+        """Run `decide` on rank 0 alone: what it returns, on every rank; a UserError it raises there is every rank's."""
         value = error = None
         if self.is_main:
             try:

@@ -69,7 +69,7 @@ def main() -> int:
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device)
     enc, block_size = encoding_of(model, tokenizer, path), model.config.block_size
-    examples = world.agree(lambda: load(config.data, enc, block_size, config.limit))
+    examples = world.on_main(lambda: load(config.data, enc, block_size, config.limit))
     if config.compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     dtype = pick_dtype(config.dtype, world.device)

@@ -14,12 +14,10 @@ if __name__ == "__main__":
 import contextlib
 import gc
 import math
-import shutil
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +26,12 @@ from torch.nn import functional as F
 
 import checkpoint
 from configurator import PathStr, UserError, cli, configure, under_torchrun
-from dataloader import DataGuard, Windows, data_tokenizer, read_meta, train_batches, val_batches
+from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, hardware, machine, make_deterministic, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
+from start import Plan, Start, compiles, load_hellaswag, look
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class TrainConfig:
             raise ValueError("target_val_loss is looked at in evaluations, but val_interval = 0 means there are none")
 
 
-# Options that leave it the same run, and so may differ when it is resumed: where, on what, how long, how often.
+# Options that may differ when a run is resumed: where, on what, how long, how often. All others make another run.
 MAY_CHANGE = {
     "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "batch_size",
     "max_steps", "epochs", "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval",
@@ -126,100 +125,86 @@ class State:
     """What a run remembers from step to step, beside its weights and optimizers. A checkpoint holds all of it."""
 
     step: int = 0  # optimizer steps done
-    skipped: int = 0  # the last of them, in a row, without a finite loss and gradient
-    best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # among those saved
+    skipped: int = 0  # the last steps in a row that had no finite loss and gradient
+    best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # of the saved steps
     target_reached: bool = False
-    stopped: bool = False  # by a signal: this step's evaluations are still to be made
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes that follow from the config, the data and the number of processes."""
-
-    rows: int  # windows in a step, on all processes together
-    micro_batches: int  # of batch_size windows, in a step of each process
-    warmup_steps: int
-    max_steps: int
+    stopped: bool = False  # by a signal, before this step's evaluations were done
 
 
 @dataclass(frozen=True)
 class Run:
-    """What main sets up once and every step uses."""
+    """What main builds once and every step uses."""
 
-    config: TrainConfig
-    plan: Plan
+    start: Start  # options, data and sizes
     world: World
     log: Metrics
     model: GPT  # for evaluations and checkpoints
-    wrapped: nn.Module  # the same model, whose backward averages gradients over all processes
+    wrapped: nn.Module  # the same model, but its backward averages gradients over all processes
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     autocast: contextlib.AbstractContextManager
-    val: Windows | None
     examples: list  # of HellaSwag
-    meta: dict  # of the data
-    guard: DataGuard  # of the data, on rank 0
-    identity: dict  # what every checkpoint of the run says: both configs and the tokenizer
     stop: StopRequest
 
 
+class Result(NamedTuple):
+    """Of one optimizer step."""
+
+    loss: float  # mean of the whole batch
+    norm: float  # of the gradient, before clipping
+    lr: float
+    stop: bool  # whether any process was asked to stop
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
 def main() -> int:
-    gc.disable()  # up to the loop nothing becomes garbage, and looking for it takes a fifth of the time to get there
-    config, gpt_config, given = configure(TrainConfig, GPTConfig)
-    world = World(device=None)  # a resumed run has its own
+    gc.disable()  # nothing becomes garbage before the loop, and looking for it takes a fifth of the time to get there
+    config, gpt_config, sources = configure(TrainConfig, GPTConfig)
+    world = World(device=None)  # a resumed run has its own device
     log = Metrics(config.out_dir, world.is_main)
 
-    # Look before anything is written: a mistake in the options, the data or the machine ends here.
-    path, saved = checkpoint.find_run(config, given, world, log)
-    config, gpt_config, changed = checkpoint.resume_options(saved, config, gpt_config, given, MAY_CHANGE, path)
-    world.use(config.device)
-    meta = read_meta(config.data_dir)
-    gpt_config, weights = starting_point(saved, config, gpt_config, given, meta)
-    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
-    config = fill_in(config, gpt_config, world)
-    check(config, gpt_config, meta, tokenizer, world)
-    train_data, val_data = open_data(config, gpt_config, meta)
-    plan = make_plan(config, len(train_data), world)
-    guard = DataGuard(config.data_dir, ["train", "val"] if val_data else ["train"], meta, saved.get("data", {}))
-    world.agree(guard.check)
-    state = State(**{name: saved[name] for name in vars(State()) if name in saved})
-    if changed.keys() & {"target_loss", "target_val_loss"}:
+    # Look before writing: a mistake in the options, the data or the machine ends here.
+    start = look(config, gpt_config, sources, MAY_CHANGE, world, log)
+    state = State(**{name: start.saved[name] for name in vars(State()) if name in start.saved})
+    if start.changed.keys() & {"target_loss", "target_val_loss"}:
         state.target_reached = False
-    if path and finished(state, plan) and not state.stopped:
-        log.say(f"{config.out_dir}: this run is done, at step {state.step}")
+    if start.path and finished(state, start.plan) and not state.stopped:
+        log.say(f"{start.config.out_dir}: this run is done, at step {state.step}")
         world.close()
         return 0
-    examples, no_hellaswag = load_hellaswag(config, tokenizer, gpt_config.block_size, world)
+    examples, no_hellaswag = load_hellaswag(start.config, start.tokenizer, start.gpt_config.block_size, world)
 
-    # Build the model and its optimizers, then begin the record of the run.
-    identity = dict(config=asdict(config), gpt_config=asdict(gpt_config), tokenizer=tokenizer)
-    run = make_run(config, gpt_config, plan, world, log, saved, weights, val_data, examples, meta, guard, identity)
-    saved = weights = None  # and with them the file, which stays on disk for as long as anything is mapped to it
+    # Build, then begin the record of the run.
+    run = build(start, world, log, examples)
+    start.release()
     batches = train_batches(
-        train_data, config.seed, plan.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
-    )
-    world.agree(lambda: log.begin(state.step if path else None, config.log_to))
-    announce(run, state, path, changed, len(train_data), no_hellaswag)
+        start.train_data, start.config.seed, start.plan.rows, start.config.batch_size,
+        world.rank, world.size, world.device, state.step + 1,
+    )  # fmt: skip
+    world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to))
+    announce(run, state, no_hellaswag)
     gc.enable()
-    gave_up = train(run, state, batches, saved_step=state.step if path and not state.stopped else None)
+    status = train(run, state, batches)
     batches.close()
     log.close()
     world.close()
-    if gave_up:
-        return 3
-    if state.stopped:
+    if status == 0 and state.stopped:
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
-    else:
-        log.say(f"done: {config.out_dir} holds the checkpoint and metrics.jsonl; next:")
-        log.say(f"  python sample.py --model={config.out_dir}\n  python report.py {config.out_dir}")
-    return 0
+    elif status == 0:
+        log.say(f"done: {start.config.out_dir} holds the checkpoint and metrics.jsonl; next:")
+        log.say(f"  python sample.py --model={start.config.out_dir}\n  python report.py {start.config.out_dir}")
+    return status
 
 
-def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], saved_step: int | None) -> bool:
-    """Step by step to the end, or until a signal; whether the run gave up. `saved_step` has its checkpoint already."""
-    config, plan, log = run.config, run.plan, run.log
-    first_step, logged_step, seconds = state.step + 1, state.step, 0.0  # of training since the logged step
-    stopping, numbers = False, None
+def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
+    """Steps until the run is finished, a signal comes, or too many are skipped in a row; the exit status."""
+    config, plan, log = run.start.config, run.start.plan, run.log
+    saved_step = state.step if run.start.path and not state.stopped else None
+    first_step, logged_step, seconds = state.step + 1, state.step, 0.0  # seconds of training since logged_step
+    stopping, result = False, None
     while True:
         # Between two steps: evaluations, a checkpoint, or the end.
         val_loss = None
@@ -227,58 +212,47 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]], save
             val_loss, stopping = evaluate_all(run, state)
         state.stopped, done = stopping, finished(state, plan)
         if done and state.step > logged_step:
-            log_step(run, state.step, numbers, seconds / (state.step - logged_step))
+            log_step(run, state.step, result, seconds / (state.step - logged_step))
         regular = done or (state.step > 0 and due(state, config.checkpoint_interval))
         saving = state.step != saved_step and (regular or stopping)
         if saving:
-            run.world.agree(run.guard.check)  # what was trained on data that changed is not kept
+            run.world.on_main(run.start.guard.check)  # never save what was trained on data that changed
         if done or stopping:
             reason = dict(signal=run.stop.reason) if stopping else dict(target_reached=state.target_reached)
             log.write("event", event="stopped" if stopping else "done", step=state.step, **reason)
         if saving:
             saved_step = save(run, state, val_loss if regular else None, last=done or stopping) or saved_step
         if done or stopping:
-            return False
+            return 0
 
         # One step: the gradient of the whole batch, and an update unless it is not finite.
         began = time.perf_counter()
         state.step += 1
-        numbers = train_step(run, state.step, batches)
-        loss, norm, _, stopping = numbers
+        result = train_step(run, state.step, batches)
+        stopping = result.stop
         seconds += time.perf_counter() - began
         if run.world.is_main and state.step == first_step:
-            run.guard.start_reading()  # not before: the first step waits for nothing
+            run.start.guard.start_reading()  # only now, so that the first step waits for nothing
         if state.step == first_step + 1:  # the first one compiles
             warn_of_long_steps(log, time.perf_counter() - began)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        state.skipped = 0 if finite else state.skipped + 1
-        if not finite:
-            log.write("event", event="skipped step", step=state.step, loss=loss, grad_norm=norm)
-            log.say(f"step {state.step:>5}/{plan.max_steps} | skipped: loss {loss}, gradient norm {norm}")
-        if state.skipped >= config.max_skipped:  # more than that where a resumed run has a lower limit
+        state.skipped = 0 if result.finite else state.skipped + 1
+        if not result.finite:
+            log.write("event", event="skipped step", step=state.step, loss=result.loss, grad_norm=result.norm)
+            log.say(f"step {state.step:>5}/{plan.max_steps} | skipped: loss {result.loss}, norm {result.norm}")
+        if state.skipped >= config.max_skipped:
             log.write("event", event="gave up", step=state.step)
             log.say(f"gave up: {state.skipped} steps in a row without a finite loss; the last checkpoint is kept")
-            return True
-        state.target_reached = config.target_loss is not None and loss < config.target_loss
+            return 3
+        state.target_reached = config.target_loss is not None and result.loss < config.target_loss
         if state.step == 1 or due(state, config.log_interval) or finished(state, plan):
-            log_step(run, state.step, numbers, seconds / (state.step - logged_step))
+            log_step(run, state.step, result, seconds / (state.step - logged_step))
             logged_step, seconds = state.step, 0.0
 
 
-def warn_of_long_steps(log: Metrics, seconds: float) -> None:
-    """Say in time that torchrun would kill this run before it can stop in order."""
-    if under_torchrun() and seconds > 20:  # saving takes time too
-        log.say(
-            f"a step takes {seconds:.0f} s, but torchrun kills what has not ended 30 s after a signal: start it with "
-            f"torchrun --shutdown-timeout={120 + 2 * round(seconds)}, or a stopped run is not saved"
-        )
-
-
-def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float, bool]:
-    """One optimizer step: (mean loss of the whole batch, gradient norm before clipping, learning rate, whether any
-    process was asked to stop). Without a finite loss and norm, no weight changes."""
-    config, plan, world, scaler = run.config, run.plan, run.world, run.scaler
-    if run.model.config.dropout:  # seeded by the step, so that there is no generator state to save or disturb
+def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Result:
+    """One optimizer step. Without a finite loss and gradient no weight changes, on any process."""
+    config, plan, world, scaler = run.start.config, run.start.plan, run.world, run.scaler
+    if run.model.config.dropout:  # seeded by the step: no generator state to save or disturb
         seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
     totals = torch.zeros(2, device=world.device)  # the mean loss; how many processes were asked to stop
@@ -299,27 +273,29 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
         step, config.schedule, config.learning_rate, config.min_lr, plan.warmup_steps, plan.max_steps,
         config.decay_fraction,
     )  # fmt: skip
+    result = Result(loss, norm, lr, stop > 0)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks; a NaN would spoil the weights for good
+        if result.finite:  # the same on all processes; a NaN would spoil the weights for good
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, norm, lr, stop > 0
+    return result
 
 
 def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
     """Validation, HellaSwag and a sample, each where it is due: (val loss, whether a signal broke it off)."""
-    config, plan, log, world = run.config, run.plan, run.log, run.world
+    config, plan, log, world = run.start.config, run.start.plan, run.log, run.world
+    meta, val_data = run.start.meta, run.start.val_data
     val_loss, here = None, f"step {state.step:>5}/{plan.max_steps}"
     if due(state, config.val_interval, plan):
         val_loss = evaluate(run)
         if val_loss is None:  # a resumed run evaluates again
             return None, True
         state.target_reached |= config.target_val_loss is not None and val_loss < config.target_val_loss
-        bpb = bits_per_byte(val_loss, run.meta)
-        per_word = word_loss(val_loss, run.meta) if config.val_tokens // config.seq_len >= len(run.val) else None
+        bpb = bits_per_byte(val_loss, meta)
+        per_word = word_loss(val_loss, meta) if config.val_tokens // config.seq_len >= len(val_data) else None
         log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
         log.say(
             f"{here} | val loss {val_loss:.4f}"
@@ -337,8 +313,8 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         log.write("hellaswag", step=state.step, acc=acc, acc_norm=acc_norm, n=n)
         log.say(f"{here} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
     if due(state, config.sample_interval, plan):
-        text, problem = sample(run) if world.is_main else ("", None)
-        if world.sum([bool(run.stop)])[0]:
+        text, problem = sample(run)
+        if world.any(run.stop):
             return None, True
         if problem:
             log.write("event", event="no sample", step=state.step, problem=problem)
@@ -351,36 +327,41 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float | None:
-    """Mean loss of the first val_tokens in nats per token, over all ranks; None where a signal came first, on any."""
-    config, world = run.config, run.world
+    """Mean loss of the first val_tokens in nats per token, over all ranks; None if a signal breaks it off.
+
+    All ranks take the same number of forward passes, so that a sharded model could take them too.
+    """
+    config, world = run.start.config, run.world
     run.model.eval()
-    losses, counts = [], []
-    for x, y in val_batches(run.val, config.val_tokens, config.batch_size, world.rank, world.size, world.device):
-        if run.stop:
+    losses, counts, stopped = [], [], False
+    for x, y in val_batches(
+        run.start.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device
+    ):
+        if stopped := world.any(run.stop):
             break
         counts.append(y.numel())
-        missing = (0, 0, 0, config.batch_size - len(x))  # a ragged last batch would be compiled for its own shape
+        missing = (0, 0, 0, config.batch_size - len(x))  # a smaller batch would be compiled for its own shape
         with run.autocast:
             losses.append(run.model(F.pad(x, missing), F.pad(y, missing, value=-1)))
     run.model.train()
     losses = [loss.item() for loss in losses]  # one wait at the end
-    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
-    total, tokens, stop = world.sum([total, sum(counts), bool(run.stop)])
-    return None if stop else total / tokens
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
+    total, tokens = world.sum([total, sum(counts)])
+    return None if stopped else total / tokens
 
 
 def sample(run: Run) -> tuple[str, str | None]:
-    """200 tokens behind sample_start, always the same ones of the same weights, fewer where a signal comes; and what
-    went wrong, if something did."""
+    """200 tokens behind sample_start, always the same ones of the same weights, fewer if a signal comes; and what went
+    wrong, if anything. All ranks sample, and get the same text."""
     from sample import complete  # tokenizers take a while to import
     from tokenizer import get_tokenizer
 
     run.model.eval()
-    text, problem = run.config.sample_start, None
+    text, problem = run.start.config.sample_start, None
     try:
-        for [piece] in complete(run.model, get_tokenizer(run.identity["tokenizer"]), text, 1, 200):
+        for [piece] in complete(run.model, get_tokenizer(run.start.tokenizer), text, 1, 200):
             text += piece
-            if run.stop:
+            if run.world.any(run.stop):
                 break
     except FloatingPointError as error:  # the weights have become useless, which the loss shows too
         problem = str(error)
@@ -389,16 +370,16 @@ def sample(run: Run) -> tuple[str, str | None]:
 
 
 def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | None:
-    """Write this step's checkpoint; its step, or None where the disk did not take it and the run goes on all the same.
+    """Write this step's checkpoint; its step, or None if the disk did not take it: then the run goes on.
 
-    `val_loss` (None: not known) may make it the best. Raises UserError where the last one is not saved.
+    `val_loss` (None: unknown) may make it the best. Raises UserError if the last checkpoint is not saved.
     """
-    config, log, earlier_best = run.config, run.log, state.best
+    config, log, earlier_best = run.start.config, run.log, state.best
     if val_loss is not None and val_loss < state.best["val_loss"]:
         state.best = {"step": state.step, "val_loss": val_loss}
     contents = {
         "model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "scaler": run.scaler.state_dict(), "data": run.guard.record, **asdict(state), **run.identity,
+        "scaler": run.scaler.state_dict(), "data": run.start.guard.record, **asdict(state), **identity(run.start),
     }  # fmt: skip
 
     def write() -> str | None:
@@ -409,7 +390,7 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
         except OSError as error:
             return error.strerror or str(error)
 
-    problem = run.world.agree(write)
+    problem = run.world.on_main(write)
     if problem is None:
         return state.step
     if last:
@@ -431,107 +412,20 @@ def due(state: State, interval: int, plan: Plan | None = None) -> bool:
     return interval > 0 and (state.step % interval == 0 or (plan is not None and finished(state, plan)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
+def identity(start: Start) -> dict:
+    """What every checkpoint says of its run."""
+    return dict(config=asdict(start.config), gpt_config=asdict(start.gpt_config), tokenizer=start.tokenizer)
 
 
-def starting_point(
-    saved: dict, config: TrainConfig, gpt_config: GPTConfig, given: Collection[str], meta: dict
-) -> tuple[GPTConfig, dict | None]:
-    """The architecture, and the weights to start with (None: new ones)."""
-    if "model" in saved:
-        return gpt_config, saved["model"]
-    if config.init_from != "scratch":
-        from huggingface import starting_weights  # tokenizers take a while to import
-
-        given = vars(gpt_config) if saved else given  # the options of a run that begins again were all given
-        return starting_weights(config.init_from, gpt_config, given, config.data_dir, meta)
-    if meta and "vocab_size" not in given and not saved:
-        gpt_config = replace(gpt_config, vocab_size=meta["vocab_size"])
-    return gpt_config, None
-
-
-def fill_in(config: TrainConfig, gpt_config: GPTConfig, world: World) -> TrainConfig:
-    """The config with the sizes that it leaves open."""
-    T = config.seq_len or gpt_config.block_size
-    return replace(config, seq_len=T, total_batch_size=config.total_batch_size or config.batch_size * T * world.size)
-
-
-def check(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenizer: str | None, world: World) -> None:
-    """Raises UserError where options, model, data and machine do not go together."""
-    T, one_round = config.seq_len, config.batch_size * config.seq_len * world.size
-    if gpt_config.vocab_size < meta.get("vocab_size", 0):
-        raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
-    if gpt_config.block_size < T:
-        raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
-    if config.val_interval and config.val_tokens < T:
-        raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
-    if config.total_batch_size % one_round:
-        parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
-        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
-    for name in ("sample_interval", "hellaswag_interval"):
-        if getattr(config, name) and not tokenizer:
-            raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
-    compilers = (
-        ("g++", "clang++", "c++") if world.device.type == "cpu" else ("gcc", "clang", "cc")
-    )  # Triton's, for CUDA
-    if compiles(config, world.device) and not any(map(shutil.which, compilers)):
-        raise UserError("compile = True needs a C++ compiler; install g++, or use --compile=False")
-
-
-def compiles(config: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if config.compile is None else config.compile
-
-
-def open_data(config: TrainConfig, gpt_config: GPTConfig, meta: dict) -> tuple[Windows, Windows | None]:
-    """The windows of both splits; of val only where it is evaluated."""
-    vocab_size = meta.get("vocab_size", gpt_config.vocab_size)
-    train_data = Windows(config.data_dir, "train", config.seq_len, vocab_size)
-    return train_data, Windows(config.data_dir, "val", config.seq_len, vocab_size) if config.val_interval else None
-
-
-def make_plan(config: TrainConfig, num_windows: int, world: World) -> Plan:
-    """The run's sizes. It ends at max_steps or after its epochs, whichever comes sooner; with neither, after one."""
-    rows = config.total_batch_size // config.seq_len
-    epochs = config.epochs if config.epochs or config.max_steps else 1
-    ends = [config.max_steps] if config.max_steps else []
-    if epochs:
-        ends.append(math.floor(epochs * num_windows / rows))
-    if min(ends) < 1:
-        raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
-    part = config.warmup_fraction
-    warmup_steps = config.warmup_steps if part is None else round(part * min(ends))
-    return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends))
-
-
-def load_hellaswag(
-    config: TrainConfig, tokenizer: str | None, block_size: int, world: World
-) -> tuple[list, str | None]:
-    """HellaSwag's examples where they are wanted; and why there are none, where they cannot be had."""
-    if not config.hellaswag_interval:
-        return [], None
-    import hellaswag  # with tokenizers, which take a while to import
-    from tokenizer import get_tokenizer
-
-    try:
-        return world.agree(lambda: hellaswag.load(config.hellaswag_data, get_tokenizer(tokenizer), block_size)), None
-    except UserError as error:
-        if config.hellaswag_data:
-            raise
-        return [], f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
-
-
-def make_run(
-    config: TrainConfig, gpt_config: GPTConfig, plan: Plan, world: World, log: Metrics, saved: dict,
-    weights: dict | None, val: Windows | None, examples: list, meta: dict, guard: DataGuard, identity: dict,
-) -> Run:  # fmt: skip
-    """The model and its optimizers, new or as they were saved, compiled and wrapped for this number of processes."""
+def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
+    """The model and its optimizers, new or from the checkpoint, compiled and wrapped for this number of processes."""
+    config, gpt_config = start.config, start.gpt_config
     make_deterministic(world.device, config.deterministic)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     model = GPT(gpt_config)
-    if weights:
-        checkpoint.load_weights(model, weights, saved.get("path", config.init_from))
+    if start.weights:
+        checkpoint.load_weights(model, start.weights, start.path or config.init_from)
     model.to(world.device)
     dtype = pick_dtype(config.dtype, world.device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
@@ -539,65 +433,70 @@ def make_run(
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    if "optimizers" in saved:
-        checkpoint.restore(saved, model, optimizers, scaler)
-    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # which it rounds
+    if start.path:
+        checkpoint.restore(start.saved, model, optimizers, scaler)
+    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # cuDNN rounds dropout
     compiled = compiles(config, world.device)
     if compiled:
         model.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with autocast:
         wrapped = world.wrap(model, *example, warm_up=compiled)
-    return Run(
-        config, plan, world, log, model, wrapped, optimizers, scaler, autocast, val, examples, meta, guard, identity,
-        stop=StopRequest(),
-    )  # fmt: skip
+    return Run(start, world, log, model, wrapped, optimizers, scaler, autocast, examples, StopRequest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run says of itself
 
 
-def announce(
-    run: Run, state: State, path: Path | None, changed: dict, num_windows: int, no_hellaswag: str | None
-) -> None:
+def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
     """The first record of a run, or of its going on, and the first lines on the terminal."""
-    config, plan, world, log, model = run.config, run.plan, run.world, run.log, run.model
-    about = machine(world, pick_dtype(config.dtype, world.device))
-    if path:
-        log.write("event", event="resume", step=state.step, checkpoint=path.name, changed=changed, **about)
+    start, world, log = run.start, run.world, run.log
+    config, plan, num_windows = start.config, start.plan, len(start.train_data)
+    parameters, about = run.model.num_params(), machine(world, pick_dtype(config.dtype, world.device))
+    if start.path:
+        log.write("event", event="resume", step=state.step, checkpoint=start.path.name, changed=start.changed, **about)
     else:
-        configs = {name: run.identity[name] for name in ("config", "gpt_config")}
-        data = {name: value for name, value in run.meta.items() if name != "shards"}
-        log.write("run", **configs, parameters=model.num_params(), max_steps=plan.max_steps, data=data, **about)
+        configs = dict(config=asdict(config), gpt_config=asdict(start.gpt_config))
+        data = {name: value for name, value in start.meta.items() if name != "shards"}
+        log.write("run", **configs, parameters=parameters, max_steps=plan.max_steps, data=data, **about)
     epochs = plan.max_steps * plan.rows / num_windows
-    log.say(f"model: {model.num_params():,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
+    log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
     log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
     parts = f"{plan.micro_batches} micro-batches x {world.size} processes x {config.batch_size}"
     log.say(f"step: {plan.rows:,} windows = {parts}")
-    log.say(f"{f'resuming at step {state.step} in' if path else 'writing to'} {config.out_dir}")
+    log.say(f"{f'resuming at step {state.step} in' if start.path else 'writing to'} {config.out_dir}")
     if no_hellaswag:
         log.write("event", event="no hellaswag", step=state.step, problem=no_hellaswag)
         log.say(no_hellaswag)
-    for name, (before, after) in changed.items():
+    for name, (before, after) in start.changed.items():
         log.say(f"changed: {name} = {after}, was {before}")
 
 
-def log_step(run: Run, step: int, numbers: tuple, dt: float) -> None:
+def log_step(run: Run, step: int, result: Result, dt: float) -> None:
     """The train record and line of a step; dt is the mean seconds of the steps since the last."""
-    config, plan, world = run.config, run.plan, run.world
-    loss, norm, lr, _ = numbers
+    config, plan, world = run.start.config, run.start.plan, run.world
     tokens_per_sec = config.total_batch_size / dt
     _, peak_flops = hardware(world.device)
     mfu = run.model.flops_per_token(config.seq_len) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
     run.log.write(
-        "train", step=step, loss=loss, lr=lr, grad_norm=norm, tokens=step * config.total_batch_size,
-        tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
+        "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm,
+        tokens=step * config.total_batch_size, tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
     )  # fmt: skip
     run.log.say(
-        f"step {step:>5}/{plan.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {dt * 1e3:.1f} ms | "
-        f"{tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}eta {clock(dt * (plan.max_steps - step))}"
+        f"step {step:>5}/{plan.max_steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | norm {result.norm:.4f} | "
+        f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}"
+        f"eta {clock(dt * (plan.max_steps - step))}"
     )
+
+
+def warn_of_long_steps(log: Metrics, seconds: float) -> None:
+    """Say in time that torchrun would kill this run before it can stop in order."""
+    if under_torchrun() and seconds > 20:  # saving takes time too
+        log.say(
+            f"a step takes {seconds:.0f} s, but torchrun kills what has not ended 30 s after a signal: start it with "
+            f"torchrun --shutdown-timeout={120 + 2 * round(seconds)}, or a stopped run is not saved"
+        )
 
 
 def clock(seconds: float) -> str:

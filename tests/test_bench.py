@@ -68,8 +68,8 @@ def test_a_part_that_is_slower_shows_in_its_line(data_dir, monkeypatch, part, ow
 
 
 def test_a_slow_start_is_no_part_of_a_step(data_dir, monkeypatch):
-    slow = bench.make_run
-    monkeypatch.setattr(bench, "make_run", lambda *args: time.sleep(0.5) or slow(*args))
+    slow = bench.build
+    monkeypatch.setattr(bench, "build", lambda *args, **kwargs: time.sleep(0.5) or slow(*args, **kwargs))
     result = result_of(call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=2", "--warmup=0"))
     assert result["setup_seconds"] > 0.4
     assert sum(result["parts"].values()) < 400

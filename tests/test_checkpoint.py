@@ -169,20 +169,6 @@ def test_another_versions_architecture(tmp_path):
         load_model(str(path), CPU)
 
 
-def test_as_it_was():
-    saved = {**vars(TINY), "dropout": 0.5}
-    del saved["qk_norm"]  # a flag that came later
-    path = "ckpt_000001.pt"
-    assert checkpoint.as_it_was(saved, GPTConfig(), {}, (), path) == GPTConfig(**saved)
-    asked = GPTConfig(dropout=0.1, n_layer=1)
-    with pytest.raises(UserError, match=r"a.py:3: dropout = 0.1, but this run has 0.5"):
-        checkpoint.as_it_was(saved, asked, {"n_layer": "--n_layer", "dropout": "a.py:3"}, (), path)
-    new = checkpoint.as_it_was(saved, asked, {"dropout": "--dropout"}, {"dropout"}, path)
-    assert new == GPTConfig(**{**saved, "dropout": 0.1})
-    with pytest.raises(UserError, match="n_head = 3"):
-        checkpoint.as_it_was(saved, GPTConfig(n_head=3), {"n_head": "--n_head"}, {"n_head"}, path)
-
-
 # ---- crafted or of another kind: whole, but not what a run has written
 
 

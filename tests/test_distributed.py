@@ -18,7 +18,7 @@ def test_alone():
     assert (world.rank, world.size, world.is_main, world.device) == (0, 1, True, CPU)
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
-    assert world.agree(lambda: "x") == "x"
+    assert world.on_main(lambda: "x") == "x"
     assert world.spread(lambda x: x + 1, torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
@@ -38,10 +38,10 @@ def main():
     assert world.sum([world.rank, 10.0**15 + world.rank]) == [3.0, 3 * 10.0**15 + 3]
     assert world.mean_(torch.tensor([float(world.rank)])).item() == 1.0
     calls = []
-    assert world.agree(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
+    assert world.on_main(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
     assert calls == ([1] if world.rank == 0 else [])  # rank 0 alone decides
     try:
-        world.agree(mistake)
+        world.on_main(mistake)
     except UserError as error:
         assert str(error) == "what rank 0 saw"
     else:

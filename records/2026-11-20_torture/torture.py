@@ -171,26 +171,24 @@ def torture_ranks(config: TortureConfig, folder: str, out: Path, rng: random.Ran
     """One launch of torchrun, of which single processes are killed."""
     with open(os.path.join(folder, "log"), "w") as log:
         process = subprocess.Popen(command(config, folder, out, config.kills), stdout=log, stderr=log, env=env(config))
-    saving = 0
+    saving, seen = 0, set()
     for blow in range(config.kills):
-        while len(starts(out)) <= blow:  # until the group runs
+        while starts(out) <= seen:  # until the group runs again
             if process.poll() is not None:
                 raise UserError(f"ended by itself after {blow} blows; give more --steps:\n{Path(log.name).read_text()}")
             time.sleep(0.02)
+        seen |= starts(out)
         time.sleep(rng.uniform(0, 1))
         saving += wait(out, process, rng)
         kill(rng.choice(descendants(process.pid)))
     return process.wait(timeout=300) == 0, saving
 
 
-def starts(out: Path) -> list[str]:
-    """When the groups of processes began (the run's first record is dropped if it had no checkpoint yet)."""
+def starts(out: Path) -> set[str]:
+    """When the groups of processes began. One that died before the first checkpoint is not among them."""
     path = out / "metrics.jsonl"
-    return (
-        [r["time"] for r in read_metrics(path) if r.get("event") == "resume" or r["kind"] == "run"]
-        if path.exists()
-        else []
-    )
+    records = read_metrics(path) if path.exists() else []
+    return {r["time"] for r in records if r.get("event") == "resume" or r["kind"] == "run"}
 
 
 def wait(out: Path, process: subprocess.Popen, rng: random.Random) -> bool:

@@ -1,0 +1,23 @@
+"""What a run starts from; most of it is seen in test_train.py and test_resume.py."""
+
+import pytest
+
+from configurator import UserError
+from model import GPTConfig
+from start import merge
+
+TINY = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=8)
+
+
+def test_merge():
+    saved = {**vars(TINY), "dropout": 0.5}
+    del saved["qk_norm"]  # a flag that came later
+    path = "ckpt_000001.pt"
+    assert merge(saved, GPTConfig(), {}, (), path) == GPTConfig(**saved)
+    asked = GPTConfig(dropout=0.1, n_layer=1)
+    with pytest.raises(UserError, match=r"a.py:3: dropout = 0.1, but this run has 0.5"):
+        merge(saved, asked, {"n_layer": "--n_layer", "dropout": "a.py:3"}, (), path)
+    new = merge(saved, asked, {"dropout": "--dropout"}, {"dropout"}, path)
+    assert new == GPTConfig(**{**saved, "dropout": 0.1})
+    with pytest.raises(UserError, match="n_head = 3"):
+        merge(saved, GPTConfig(n_head=3), {"n_head": "--n_head"}, {"n_head"}, path)
