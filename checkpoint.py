@@ -42,18 +42,19 @@ def find(out_dir: str) -> list[Path]:
 
 
 def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
-    """Write `state` as the checkpoint of its step, then delete all older ones but the newest `keep` (0: none) and the
-    best. Raises OSError where the disk is full or fails; then all older ones are as they were. One that cannot be
-    deleted is a line on stderr."""
+    """Write `state` as the checkpoint of its step, then delete older ones but the newest `keep` (0: all) and the best.
+
+    Raises OSError if the disk is full or fails, and then deletes nothing. What cannot be deleted is a line on stderr.
+    """
     path = path_of(out_dir, state["step"])
     remove_partial(out_dir, "ckpt_*.pt")
     with whole_file(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # what torch makes of it
+        except RuntimeError as error:  # torch wraps the OSError of a full disk
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     if keep:
-        # A newer one is damaged, or this run had gone on from it: it counts for nothing, and is soon overwritten.
+        # Skip newer ones: they are damaged, or from a future that this run will write again.
         older = [old for old in find(out_dir) if step_of(old) <= state["step"]]
         for old in older[keep:]:
             if step_of(old) != best_step:
@@ -65,9 +66,9 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, None if it is whole: every byte as it was written, and written by a run.
+    """What is wrong with a checkpoint file; None if every checksum is right and it holds a run's state.
 
-    torch.load checks no checksum, so that a damaged file would load silently. Nothing in the file is executed.
+    torch.load checks no checksum, so a damaged file would load silently. Nothing in the file is executed.
     """
     if not path.is_file():
         return "is not a file"
@@ -91,8 +92,8 @@ def load(path: Path) -> dict:
 
 
 def load_run(path: Path) -> dict:
-    """The same of a checkpoint that a run can go on from, and its path. Raises UserError for one that only holds a
-    model, or that no run has written, as far as types and sizes say it."""
+    """The same of a checkpoint that a run can resume, and its path. Raises UserError if it holds only a model, or its
+    types and sizes are not a run's."""
     saved = load(path)
     if missing := GOES_ON.keys() - saved.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
@@ -105,7 +106,8 @@ def load_run(path: Path) -> dict:
 
 
 def newest_whole(out_dir: str) -> Path | None:
-    """The newest whole checkpoint; None where there is no checkpoint at all. Raises UserError where none is whole."""
+    """The newest whole checkpoint; None if there is no checkpoint file. Raises UserError if there are some and none is
+    whole."""
     paths = find(out_dir)
     for path in paths:
         wrong = fault(path)
@@ -118,8 +120,8 @@ def newest_whole(out_dir: str) -> Path | None:
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
-    """The architecture of a checkpoint. Raises UserError where this version of the model does not know it, or the file
-    is too small for it."""
+    """The architecture of a checkpoint. Raises UserError if this version of the model does not know it, or the file is
+    too small for it."""
     hints, where = typing.get_type_hints(GPTConfig), f"{path}: its gpt_config is not one of this version of model.py"
     try:
         config = GPTConfig(**{str(name): check(str(name), v, hints, where) for name, v in state["gpt_config"].items()})
@@ -130,7 +132,8 @@ def gpt_config(state: dict, path: Path) -> GPTConfig:
 
 
 def check_size(config: GPTConfig, tensors: int, size: int, where: str) -> None:
-    """Before such a model is built: raises UserError where so many tensors, of `size` bytes together, cannot be one."""
+    """Raises UserError if a number of tensors, of `size` bytes in all, cannot be such a model. Building it comes later:
+    it could take all memory."""
     C = config.n_embd
     embedding = C * (config.vocab_size + (config.block_size if config.pos == "learned" else 0))
     least = embedding + config.n_layer * C * (4 * C + 2 * (config.mlp_hidden or C))
@@ -152,8 +155,8 @@ def misfits(values: dict, types: dict[str, tuple]) -> list[str]:
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
-    """Put weights into a model: copies of them, or themselves (assign). Raises UserError, naming the tensor, where they
-    are not the model's float32 weights, all of them and no others."""
+    """Put weights into a model: copies, or the tensors themselves (assign). Raises UserError, naming the tensor, unless
+    they are the model's float32 weights: all of them and no others."""
     check_tensors(weights, {name: p.shape for name, p in model.state_dict().items()}, f"{path}:")
     model.load_state_dict(weights, assign=assign)
     if assign and model.config.tie_weights:
@@ -161,10 +164,10 @@ def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assig
 
 
 def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Give the model's optimizers and the scaler the state they had: copies, so that the file need not stay mapped.
+    """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped.
 
-    Their settings (betas, weight decay, ...) stay as they are: they follow from the run's options. Raises UserError,
-    naming the tensor, where one is not what such an optimizer has: fused code would read and write past its end.
+    Settings (betas, weight decay, ...) come from the run's options, not from the file. Raises UserError, naming the
+    tensor, if one has not the optimizer's shape: fused code would read and write past its end.
     """
     path, names = saved["path"], {p: name for name, p in model.named_parameters()}
     states = [part.get("state") if isinstance(part, dict) else None for part in saved["optimizers"]]
@@ -172,7 +175,7 @@ def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], sc
         raise UserError(f"{path}: its optimizers are not the {len(optimizers)} of this run")
     for optimizer, state in zip(optimizers, states, strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        if state and state.keys() != set(range(len(params))):  # none, where all steps were skipped
+        if state and state.keys() != set(range(len(params))):  # it is empty if all steps were skipped
             raise UserError(f"{path}: its optimizers have state of {len(state)} parameters, not of {len(params)}")
         copies: dict[int, dict[str, Tensor]] = {}
         for i, tensors in state.items():
@@ -202,7 +205,7 @@ def state_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple
 
 
 def check_tensors(tensors: Any, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError where these are not plain float32 tensors of these names and shapes, all of them, on the CPU."""
+    """Raises UserError unless these are plain float32 tensors on the CPU of exactly these names and shapes."""
     if not isinstance(tensors, dict):
         raise UserError(f"{where} no tensors, but of type {type(tensors).__name__}")
     for name, shape in shapes.items():

@@ -5,7 +5,6 @@ of all shards are shuffled together once an epoch, and the windows of step s are
 has to be saved to resume, and the global batch is the same on any number of processes.
 """
 
-import json
 import os
 import threading
 from collections import deque
@@ -18,20 +17,23 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
+from files import read_json, read_text
 from shards import HEADER_BYTES, find_shards, shard_checksum, shard_tokens
+
+AGAIN = "prepare the data again"
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, uint16 (n,), mapped from disk. Raises UserError where the file is not a whole shard."""
+    """The tokens of a shard, uint16 (n,), mapped from disk. Raises UserError if the file is not a whole shard."""
     size = HEADER_BYTES // 2 + shard_tokens(path)
     # torch closes the file once it is mapped (np.memmap does not: thousands of shards would exhaust the open files).
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
 
 def read_meta(data_dir: str) -> dict:
-    """data_dir/meta.json, or {} for shards that were made elsewhere.
+    """data_dir/meta.json, or {} for shards made elsewhere.
 
-    Raises UserError where there is no data at all, or fineweb.py has not finished it.
+    Raises UserError if there is no data, or fineweb.py has not finished it.
     """
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
@@ -39,19 +41,12 @@ def read_meta(data_dir: str) -> dict:
     if not path.exists():
         check_finished(data_dir)
         return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); prepare the data anew") from None
-    counts = {
-        f"{split}_{what}": 0 for split in ("train", "val") for what in ("tokens", "words", "bytes")
-    }  # may be missing
+    meta = read_json(path, AGAIN)
+    counts = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # some may miss
     for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
-        value = meta.get(name, counts.get(name)) if isinstance(meta, dict) else None
+        value = meta.get(name, 0 if name in counts else None) if isinstance(meta, dict) else None
         if type(value) is not kind or (kind is int and value < 0):
-            raise UserError(
-                f"{path}: {name} is missing or no {'count' if kind is int else 'name'}; prepare the data anew"
-            )
+            raise UserError(f"{path}: {name} is missing or not a {'count' if kind is int else 'name'}; {AGAIN}")
     if not 1 <= meta["vocab_size"] <= 1 << 16:
         raise UserError(f"{path}: vocab_size is {meta['vocab_size']}, but shards hold 1 to 65,536 different ids")
     try:
@@ -60,26 +55,21 @@ def read_meta(data_dir: str) -> dict:
     except (AttributeError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: shards is not {{split: {{name: [tokens, crc32]}}}}; prepare the data anew")
+        raise UserError(f"{path}: shards is not {{split: {{name: [tokens, crc32]}}}}; {AGAIN}")
     return meta
 
 
 def check_finished(data_dir: str) -> None:
-    """Raises UserError where fineweb.py was stopped before it wrote meta.json."""
+    """Raises UserError if fineweb.py was stopped before it wrote meta.json."""
     path = Path(data_dir, "progress.json")
-    try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, RecursionError):
-        progress = None
-    command = progress.get("command") if isinstance(progress, dict) else None
-    how = f"finish it: {command}" if isinstance(command, str) else "run its fineweb.py command again"
-    raise UserError(f"{data_dir}: the preparation of this data is not finished; {how}")
+    if path.exists():
+        again = "run its fineweb.py command again"
+        finish = read_json(path, again).get("command", again)
+        raise UserError(f"{data_dir}: the preparation of this data is not finished; finish it: {finish}")
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
-    """What get_tokenizer takes: a name, or the whole content of the data's tokenizer file; None where it is unknown."""
+    """The data's tokenizer for get_tokenizer: a name, or the whole content of a tokenizer.json; None if unknown."""
     if not meta:
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
@@ -87,17 +77,14 @@ def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
         paths = [path for path in (Path(data_dir, name), Path(name)) if path.exists()]
         if not paths:
             raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
-        try:
-            return paths[0].read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{paths[0]}: not a tokenizer file ({error}); prepare the data anew") from None
+        return read_text(paths[0], AGAIN)
     return name
 
 
 class Windows:
     """The windows of one split, numbered 0 to len - 1 through its shards in the order of their names.
 
-    Raises UserError where a shard is not whole or missing; an id of vocab_size or more is one when it is read.
+    Raises UserError if a shard is damaged or missing; reading a token of vocab_size or more raises one too.
     """
 
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
@@ -111,7 +98,7 @@ class Windows:
         if tokens != expected:
             raise UserError(
                 f"{data_dir}: meta.json says {expected} {split} tokens, but {len(self.shards)} shards hold {tokens}; "
-                "restore what is missing or changed, or prepare the data anew"
+                f"restore what is missing or changed, or {AGAIN}"
             )
         counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
         self.ends = np.cumsum(counts)
@@ -125,8 +112,8 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows, int64 (B, T) each. Views of one array would not stay pinned: a copy to a
-        GPU first makes strided rows contiguous."""
+        """Inputs and targets of these windows, int64 (B, T) each. Two arrays, not views of one: copying strided rows to
+        a GPU would go through memory that is not pinned."""
         T = self.seq_len
         x, y = np.empty((2, len(indices), T), dtype=np.int64)
         for row, index in enumerate(indices):
@@ -136,20 +123,19 @@ class Windows:
             tokens = self.shards[shard][start : start + T + 1]
             x[row], y[row] = tokens[:-1], tokens[1:]
             if tokens.max() >= self.vocab_size:
-                # Only the process that reads this window knows.
                 raise UserError(
                     f"{self.paths[shard]}: token {start + int(tokens.argmax())} is {tokens.max()}, but the vocabulary "
                     f"has {self.vocab_size} ids; the shard is damaged or of another tokenizer",
-                    alone=True,
+                    alone=True,  # no other process reads this window
                 )
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
 class DataGuard:
-    """Notices shards that change, between two runs that belong together and during one. For rank 0 alone.
+    """Notices shards that change during a run, or between a run and its resumption. For rank 0 alone.
 
-    `record` is what a checkpoint keeps: {split: {shard's name: {"tokens", "size", "mtime_ns", "crc32"}}}, where crc32
-    is of the tokens as meta.json has it, None where it has none. `saved` is such a record, {} for a new run.
+    `record` goes into checkpoints: {split: {shard's name: {"tokens", "size", "mtime_ns", "crc32"}}}; crc32 is the
+    checksum of the tokens in meta.json, or None. `saved` is the record of the checkpoint to resume, {} for a new run.
     """
 
     def __init__(self, data_dir: str, splits: Collection[str], meta: dict, saved: dict):
@@ -161,9 +147,9 @@ class DataGuard:
         self.problem: str | None = None
 
     def start_reading(self) -> None:
-        """Compare all shards with their checksums in the background, once; the next `check` says what was wrong."""
+        """Compare all shards with their checksums in the background, once; the next `check` reports a difference."""
         if self.reader is None:
-            self.reader = threading.Thread(target=self.read_all, daemon=True)  # which ends with the process
+            self.reader = threading.Thread(target=self.read_all, daemon=True)  # daemon: it ends with the process
             self.reader.start()
 
     def read_all(self) -> None:
@@ -172,17 +158,18 @@ class DataGuard:
                 self.problem = self.problem or self.read(path)
 
     def read(self, path: Path) -> str | None:
-        """What is wrong with a shard's content, if its checksum is known."""
+        """What is wrong with a shard's content; None if nothing is, or its checksum is unknown."""
         expected = self.checksums.get(path.name)
         try:
             if expected is None or expected == shard_checksum(path):
                 return None
         except OSError as error:
             return f"{path}: {error.strerror}"
-        return f"{path}: its tokens are not those that meta.json has the checksum of; restore it, and resume"
+        return f"{path}: its tokens do not match the checksum in meta.json; restore it, and resume"
 
     def check(self) -> None:
-        """Look at every shard's size and modification time. Raises UserError where one is new, gone or not the same."""
+        """Compare every shard's size and modification time with the record. Raises UserError if a shard is new, gone or
+        different."""
         if self.problem:
             raise UserError(self.problem)
         for split in self.splits:
@@ -199,7 +186,7 @@ class DataGuard:
     def change(self, path: Path, then: dict, now: dict) -> str | None:
         """How a shard has changed between two records of it."""
         if not isinstance(then, dict):
-            return None  # a checkpoint of an older version, which kept another kind of checksum
+            return None  # an older version's checkpoint had another kind of record
         known = then["crc32"] is not None and now["crc32"] is not None
         if then["size"] != now["size"] or (known and then["crc32"] != now["crc32"]):
             return "not the same"
@@ -207,7 +194,7 @@ class DataGuard:
             return None
         if not known:
             return "written to (or copied without its time, which cp -p and rsync -t keep)"
-        # Its content counts. Before start_reading nothing is read: then all of it is.
+        # The content decides. At the start of a run nothing is read yet: start_reading will compare it.
         return "not the same" if self.reader and self.read(path) else None
 
 

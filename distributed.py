@@ -49,9 +49,9 @@ class World:
     """This process among `size`: its `rank` and `device`. Started by torchrun, or alone."""
 
     def __init__(self, device: str | None = "auto"):
-        """Join the group; `device` as in `use`, or None where that follows later.
+        """Join the group; `device` as in `use`, or None to choose it later.
 
-        Raises UserError where torchrun's environment is there only in part.
+        Raises UserError if only a part of torchrun's environment is set.
         """
         found = [name for name in TORCHRUN[:3] if name in os.environ]  # an address alone, as a job script sets, is fine
         if found and not under_torchrun():
@@ -66,12 +66,12 @@ class World:
         except ValueError as error:
             raise UserError(f"{', '.join(TORCHRUN[:3])} must be numbers, as torchrun sets them: {error}") from None
         self.is_main = self.rank == 0  # the one that prints and writes
-        # torchrun makes a folder for each launch, whose name tells a group that was restarted from another run's.
+        # torchrun makes a folder for each launch: its name tells a restarted group from another run's.
         folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self.launch = Path(folder).parent.parent.parent.name if folder else None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
         if under_torchrun():
-            # Restarted processes get the store of those before, and would try to reach them under their old addresses.
+            # A restarted group shares the store of the one before, and would dial its dead addresses there.
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             store = dist.PrefixStore(f"restart {self.restarts} of {size}", store)
             # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
@@ -125,8 +125,8 @@ class World:
         return value
 
     def spread(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """function(batch), which maps each row by itself to one of the same shape: every rank does a part of the rows,
-        and has all results."""
+        """function(batch), for a function that maps every row alone to one of the same shape: each rank computes a part
+        of the rows, and gets all results."""
         if self.size == 1:
             return function(batch)
         share = math.ceil(len(batch) / self.size)
@@ -157,8 +157,8 @@ class World:
 
 
 class StopRequest:
-    """Whether this process was asked to end its run: true from the first signal on, or from the death of the torchrun
-    that started it, which leaves its processes behind. `reason` is the signal's name, or says that torchrun is gone."""
+    """Whether this process was asked to end its run: true from the first signal on, or once torchrun, which started it,
+    is dead. `reason` is the signal's name, or says that torchrun is gone."""
 
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU")  # a terminal lost, a scheduler's warning
 
@@ -211,26 +211,26 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def check_tokens(batch_size: int, seq_len: int, device: torch.device) -> None:
-    """Raises UserError where gradients of a micro-batch so large would be wrong."""
+    """Raises UserError if the device computes wrong gradients for a micro-batch of this size."""
     if device.type == "mps" and batch_size * seq_len > 32768:  # https://github.com/pytorch/pytorch/issues/177116
         tokens = f"batch_size {batch_size} x seq_len {seq_len} = {batch_size * seq_len} tokens"
         raise UserError(f"{tokens}: above 32768 MPS computes wrong gradients; use --batch_size={32768 // seq_len}")
 
 
 def hardware(device: torch.device) -> tuple[str, float | None]:
-    """The device's name and its peak FLOP/s; None for one that is not in the table above: a guess would mislead."""
+    """The device's name and its peak FLOP/s; None if the table above does not have it: a guess would mislead."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name, PEAK_FLOPS.get(name)
 
 
 def make_deterministic(device: torch.device, on_gpus: bool) -> None:
-    """Let the same step give the same bits: on a CPU always, on a GPU where asked for, as it is slower there."""
+    """Let the same step give the same bits: always on a CPU, on a GPU if asked for, as it is slower there."""
     if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")  # compiled code would add up threads' results in any order
+        torch.set_deterministic_debug_mode("error")  # else compiled code adds up threads' results in any order
     elif on_gpus:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        torch.use_deterministic_algorithms(True)  # the same, and the compiler chooses no kernel by its speed
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds bugs, and costs time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
+        torch.use_deterministic_algorithms(True)  # also keeps the compiler from choosing kernels by their speed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, but costs time
 
 
 def machine(world: World, dtype: torch.dtype) -> dict:
@@ -243,7 +243,7 @@ def machine(world: World, dtype: torch.dtype) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with + behind it where files differ; None outside of a git checkout."""
+    """The commit of this code, with + behind it if files differ; None outside of a git checkout."""
     here = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # GIT_DIR: another's
     try:

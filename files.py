@@ -1,21 +1,22 @@
-"""Files that appear whole or not at all, whatever dies while they are written; and folders with one writer."""
+"""Files that appear whole or not at all, folders with one writer, and files that others wrote."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from configurator import UserError
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A file to write, which takes its name once all of it is on disk.
+    """A file to write. It gets its name once all of it is on disk.
 
-    On an error or a full disk (OSError) nothing is left of it, and a file that was there before is as it was. What a
-    kill leaves, `remove_partial` removes.
+    On an error or a full disk (OSError) nothing of it is left, and an older file of that name stays. A kill may leave a
+    partial file, which `remove_partial` removes.
     """
     partial = partial_of(path)
     try:
@@ -34,21 +35,19 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def partial_of(path: Path) -> Path:
-    """What a file is called while it is written; another process that writes the same one has another."""
+    """A file's name while it is written, different in every process."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def remove_partial(folder: str | Path, name: str = "*") -> None:
-    """Remove what kills left of files of this name (a glob) in a folder where nobody else writes now."""
+    """Remove the partial files of this name (a glob) that kills left. Call it only while holding the folder's lock."""
     for partial in Path(folder).glob(f".{name}.*.partial"):
         partial.unlink()
 
 
 def lock_folder(folder: str | Path) -> int | None:
-    """Keep other processes from writing a folder that exists, until the returned file handle is closed or this process
-    ends, however that may be. None on Windows, which has no such locks.
-
-    Raises UserError where another process has the lock.
+    """Lock an existing folder until the returned file handle is closed or this process ends in any way. None on
+    Windows, which has no such locks. Raises UserError if another process holds the lock.
     """
     if sys.platform == "win32":
         return None
@@ -68,3 +67,21 @@ def lock_folder(folder: str | Path) -> int | None:
             file=sys.stderr,
         )
     return handle
+
+
+def read_text(path: str | Path, advice: str) -> str:
+    """A UTF-8 file's content. Raises UserError, with what to do, if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {advice}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text in UTF-8; {advice}") from None
+
+
+def read_json(path: str | Path, advice: str) -> Any:
+    """A JSON file's content. Raises UserError, with what to do, if it cannot be read."""
+    try:
+        return json.loads(read_text(path, advice))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {advice}") from None

@@ -26,9 +26,9 @@ class Metrics:
         self.unwritten, self.failing = b"", False
 
     def lock(self) -> bool:
-        """Whether out_dir holds a metrics.jsonl already; nobody else can write out_dir until this process ends.
+        """Lock out_dir for this process, if it exists; whether it holds a metrics.jsonl already.
 
-        A folder that does not exist is not made. Raises UserError where another process writes it: a run that goes on.
+        Raises UserError if another process has the lock: its run is going on.
         """
         try:
             if not self.path.parent.is_dir():
@@ -40,11 +40,11 @@ class Metrics:
         return self.begun
 
     def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
-        """Start an empty file, or one that holds what an earlier run recorded up to the step that it is resumed at: not
-        that step's evaluations, which are made again. `log_to` (tensorboard, wandb) gets the same records.
+        """Start an empty file, or keep the records up to the step that is resumed, without its evaluations: they are
+        made again. `log_to` (tensorboard, wandb) gets the same records.
 
-        Raises UserError where another run has begun meanwhile, out_dir cannot be written, or log_to is not installed;
-        then an earlier file is as it was.
+        Raises UserError if another run has just begun there, out_dir cannot be written, or log_to is not installed, and
+        then leaves the old file untouched.
         """
         out_dir, kept = self.path.parent, []
         if log_to and not installed(log_to):
@@ -60,7 +60,7 @@ class Metrics:
                 evaluation = record["kind"] in ("val", "hellaswag", "sample")
                 if record.get("step", 0) < resumed_at + (not evaluation):
                     kept.append(record)
-            with whole_file(self.path) as file:  # the old one stays until all of the new one is on disk
+            with whole_file(self.path) as file:  # the old file stays until the new one is on disk
                 file.writelines(to_line(record) for record in kept)
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -92,7 +92,7 @@ class Metrics:
             self.show(lambda: self.mirror.show(record))
 
     def show(self, action: Callable[[], None]) -> None:
-        """Do something with the mirror, and drop it where that fails: the run does not depend on it."""
+        """Do something with the mirror, and drop it if that fails: the run does not depend on it."""
         try:
             action()
         except Exception as error:  # a full disk, a network, an account: of many types
@@ -119,14 +119,14 @@ class Metrics:
             self.show(self.mirror.close)
         self.__del__()
 
-    def __del__(self):  # an error on the way to `close` gives the folder free too
+    def __del__(self):  # unlocks the folder after an error too
         if self.lock_handle is not None:
             os.close(self.lock_handle)
             self.lock_handle = None
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported; a stray folder of its name, which Python would take for one, is none."""
+    """Whether a package can be imported. A folder of its name without code does not count (Python imports it)."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -136,7 +136,7 @@ def to_line(record: dict) -> bytes:
 
 
 class TensorBoard:
-    """Shows records in out_dir/tensorboard, which a resumed run makes anew from those it kept."""
+    """Shows records in out_dir/tensorboard. A resumed run writes it again from the records it kept."""
 
     def __init__(self, out_dir: str, kept: list[dict]):
         from torch.utils.tensorboard import SummaryWriter
@@ -164,13 +164,13 @@ class TensorBoard:
 
 
 def say_nothing_of_tensorboard(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread, whose error (a full disk) the next call raises again: one report is enough."""
+    """TensorBoard's thread prints its error (a full disk), and the next call raises it again: once is enough."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failed)
 
 
 class WandB:
-    """Shows records in Weights & Biases, where a resumed run goes on in its old place. WANDB_MODE=offline works."""
+    """Shows records in Weights & Biases; a resumed run continues its old entry. WANDB_MODE=offline works."""
 
     def __init__(self, out_dir: str, kept: list[dict]):
         self.out_dir, self.run = out_dir, None
@@ -201,16 +201,16 @@ class WandB:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All records of a metrics.jsonl. What a kill or crash tore is left out, with a warning unless it is the end."""
+    """All records of a metrics.jsonl. A torn line is skipped, with a warning unless it is the last one."""
     *lines, end = map(parse, path.read_bytes().split(b"\n"))
     torn = [number for number, record in enumerate(lines, 1) if record is None]
     if torn:
-        print(f"{path}:{torn[0]}: not a record, left out ({len(torn)} such lines)", file=sys.stderr)
+        print(f"{path}:{torn[0]}: not a record, skipped ({len(torn)} such lines)", file=sys.stderr)
     return [record for record in (*lines, end) if record is not None]
 
 
 def parse(line: bytes) -> dict | None:
-    """A line's record; None where it is none."""
+    """A line's record; None if it is not one."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -219,14 +219,14 @@ def parse(line: bytes) -> dict | None:
 
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Nats per token to bits per byte of UTF-8, comparable across tokenizers; None where meta.json does not say."""
+    """Nats per token to bits per byte of UTF-8, comparable across tokenizers; None if meta.json lacks the counts."""
     tokens, size = meta.get("val_tokens"), meta.get("val_bytes")
     return loss / math.log(2) * tokens / size if tokens and size else None
 
 
 def word_loss(loss: float, meta: dict) -> float | None:
-    """Nats per token to nats per word of the original text, whose exp is the word-level perplexity; None where
-    meta.json does not say. `loss` is that of the whole val split: the tokens behind its last whole window are taken to
-    be as hard as the rest (evaluate.py predicts them too)."""
+    """Nats per token to nats per word of the original text; its exp is the word-level perplexity. None if meta.json
+    lacks the counts. `loss` is that of the whole val split; tokens behind its last whole window are assumed to be as
+    hard as the rest (evaluate.py predicts them too)."""
     tokens, words = meta.get("val_tokens", 0), meta.get("val_words", 0)
     return loss * (tokens - 1) / (words - 1) if tokens > 1 and words > 1 else None

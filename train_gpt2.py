@@ -42,14 +42,14 @@ class TrainConfig:
     out_dir: PathStr = "out/gpt2_124m"  # where the run goes
     data_dir: PathStr = "data/fineweb_edu10B"  # token shards, made by fineweb.py
     init_from: PathStr = "scratch"  # "scratch", or weights: a checkpoint, run or Hugging Face folder, gpt2..gpt2-xl
-    resume: bool = False  # go on from the newest checkpoint in out_dir, with its options; start afresh without one
+    resume: bool = False  # go on from the newest checkpoint in out_dir, with its options; without one, start
     # machine
     seed: int = 1337  # of the initial weights, the data order and dropout
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
-    cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's, and not flash attention
-    deterministic: bool = False  # the same bits whenever it is run, on GPUs too (slower); on CPUs they always are
+    cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's attention, not flash
+    deterministic: bool = False  # the same bits in every run, on GPUs too (slower); CPU runs always have them
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
     batch_size: int = 16  # sequences in a micro-batch, on each process
@@ -71,16 +71,16 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW: memory of the gradient
     beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
-    max_skipped: int = 20  # give up (exit status 3) after so many steps in a row without a finite loss and gradient
+    max_skipped: int = 20  # give up (exit status 3) after this many steps in a row without finite loss and gradient
     # what else happens; an interval of 0 means never
     val_interval: int = 250  # steps between evaluations
-    val_tokens: int = 10485760  # the first so many tokens of the val split
+    val_tokens: int = 10485760  # evaluate on this many tokens, the first of the val split
     hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, 10,042 examples
     hellaswag_data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     sample_interval: int = 0  # steps between samples
     sample_start: str = ""  # what samples continue; empty: the start of a document
     checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
-    keep_checkpoints: int = 3  # the newest so many, and the best; 0: all
+    keep_checkpoints: int = 3  # the newest ones, and the best; 0: all
     log_interval: int = 10  # steps between log lines and train records
     log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
 
