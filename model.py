@@ -20,6 +20,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+LOSS_CHUNKS = 16  # parts of a micro-batch whose logits exist one at a time with chunked_loss
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class KVCache:
 class GPT(nn.Module):
     """A decoder-only transformer. `GPT(config)(idx)` gives logits, `GPT(config)(idx, targets)` the mean loss."""
 
+    activation_checkpointing = False  # keep only each block's input, and compute the rest again in the backward pass
+    chunked_loss = False  # never hold the logits of all positions
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -132,7 +138,10 @@ class GPT(nn.Module):
             x = x.bfloat16()  # and with it the whole residual stream: on GPUs half of its traffic is saved
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotation, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -142,10 +151,18 @@ class GPT(nn.Module):
 
         With a cache, idx are the next T tokens of sequences whose past the cache holds.
         """
-        logits = self.lm_head(self.hidden(idx, cache))  # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        x = self.hidden(idx, cache)  # (B, T, C)
+        if targets is not None and self.chunked_loss:
+            chunks = zip(x.flatten(0, 1).chunk(LOSS_CHUNKS), targets.flatten().chunk(LOSS_CHUNKS), strict=True)
+            sums = [checkpoint(self.loss, *chunk, "sum", use_reentrant=False) for chunk in chunks]
+            return torch.stack(sums).sum() / (targets >= 0).sum()
+        if targets is not None:
+            return self.loss(x.flatten(0, 1), targets.flatten(), "mean")
+        return self.lm_head(x)  # (B, T, V)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Hidden states (N, C) and targets (N,) -> cross entropy in nats, -1 left out."""
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction=reduction)
 
     @torch.inference_mode()
     def generate(

@@ -49,6 +49,8 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
     cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's attention, not flash
+    activation_checkpointing: bool = False  # keep a block's input only: less memory, a quarter more computing
+    chunked_loss: bool = False  # never hold the logits of all positions: less memory
     deterministic: bool = False  # the same bits in every run, on GPUs too (slower); CPU runs always have them
     # batch
     seq_len: int | None = None  # tokens in a training sequence; None: block_size
@@ -113,7 +115,8 @@ class TrainConfig:
 
 # Options that may differ when a run is resumed: where, on what, how long, how often. All others make another run.
 MAY_CHANGE = {
-    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "batch_size",
+    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic",
+    "activation_checkpointing", "chunked_loss", "batch_size",
     "max_steps", "epochs", "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval",
     "hellaswag_data", "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval",
     "log_to",
@@ -426,6 +429,7 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     model = GPT(gpt_config)
     if start.weights:
         checkpoint.load_weights(model, start.weights, start.path or config.init_from)
+    model.activation_checkpointing, model.chunked_loss = config.activation_checkpointing, config.chunked_loss
     model.to(world.device)
     dtype = pick_dtype(config.dtype, world.device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)

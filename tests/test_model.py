@@ -330,3 +330,46 @@ def test_dtype_of_the_residual_stream(monkeypatch, flags, device, dtype, stream)
 def test_untrained_loss_is_that_of_a_uniform_guess():
     idx, targets = batch()
     assert make()(idx, targets).item() == pytest.approx(math.log(101), abs=0.1)
+
+
+@variants
+def test_options_that_save_memory_change_no_gradient(flags):
+    x, y = batch()
+    y[0, :5] = -1
+    results = []
+    for option in (None, "activation_checkpointing", "chunked_loss"):
+        model = make(flags, dropout=0.2).train()
+        if option:
+            setattr(model, option, True)
+        torch.manual_seed(2)  # of dropout
+        loss = model(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_they_keep_for_the_backward_pass():
+    """Of each block its input alone; of the logits nothing."""
+
+    def kept(**options):
+        model, sizes = make(n_layer=4, vocab_size=1000), {}
+        for name in options:
+            setattr(model, name, True)
+        params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in params:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(*batch())
+        return sum(sizes.values())
+
+    B, T, C, V = 3, 32, 32, 1000
+    plain, chunked = kept(), kept(chunked_loss=True)
+    assert plain - chunked >= 0.99 * 4 * B * T * V
+    assert kept(chunked_loss=True, activation_checkpointing=True) < 4 * B * T * C * (4 + 6) + 10_000

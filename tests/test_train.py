@@ -103,6 +103,13 @@ def test_same_losses_on_any_number_of_processes(data_dir, straight, tmp_path, pr
     assert len(metrics(tmp_path / "run", "run")) == 1  # rank 0 alone writes
 
 
+def test_options_that_save_memory_give_the_same_losses(data_dir, straight, tmp_path):
+    options = "--activation_checkpointing=True", "--chunked_loss=True"
+    done = train(data_dir, tmp_path / "run", "--max_steps=20", *options)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-4)
+
+
 def test_resume_on_three_processes_equals_a_straight_run(data_dir, tmp_path):
     """To the bit: with three summands their order matters, and DDP's changes after its first backward pass."""
     a, b = tmp_path / "a", tmp_path / "b"
