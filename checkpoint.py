@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 SPEAKS = {"model": (OrderedDict, dict), "step": (int,), "gpt_config": (dict,), "tokenizer": (str, NoneType)}
 GOES_ON = {
     "config": (dict,), "optimizers": (list,), "scaler": (dict,), "data": (dict,), "best": (dict,), "skipped": (int,),
-    "stopped": (bool,), "target_reached": (bool,),
+    "stopped": (bool,), "target_reached": (bool,), "seconds": (float,),
 }  # fmt: skip
 BEST = {"step": (int, NoneType), "val_loss": (float,)}
 SCALER = {"scale": (float,), "_growth_tracker": (int,)}
@@ -94,7 +94,7 @@ def load(path: Path) -> dict:
 def load_run(path: Path) -> dict:
     """The same of a checkpoint that a run can resume, and its path. Raises UserError if it holds only a model, or its
     types and sizes are not a run's."""
-    saved = load(path)
+    saved = {"seconds": 0.0} | load(path)  # an older version's has none
     if missing := GOES_ON.keys() - saved.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
     check_types(saved, GOES_ON, f"{path}:")

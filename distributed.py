@@ -223,6 +223,11 @@ def hardware(device: torch.device) -> tuple[str, float | None]:
     return name, PEAK_FLOPS.get(name)
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that tensors took so far, in GB (10^9 bytes); None if the device does not count it."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+
+
 def make_deterministic(device: torch.device, on_gpus: bool) -> None:
     """Let the same step give the same bits: always on a CPU, on a GPU if asked for, as it is slower there."""
     if device.type == "cpu":

@@ -30,6 +30,7 @@ class Plan:
     micro_batches: int  # of batch_size windows, in a step of each process
     warmup_steps: int
     max_steps: int
+    max_seconds: float  # since the launch
 
 
 @dataclass
@@ -208,7 +209,8 @@ def make_plan(config: Any, num_windows: int, world: World) -> Plan:
         raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
     fraction = config.warmup_fraction
     warmup_steps = config.warmup_steps if fraction is None else round(fraction * min(ends))
-    return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends))
+    max_seconds = 3600 * config.max_hours if config.max_hours else math.inf
+    return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends), max_seconds)
 
 
 def load_hellaswag(

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import checkpoint
 from configurator import PathStr, UserError, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
-from distributed import StopRequest, World, hardware, machine, make_deterministic, pick_dtype
+from distributed import StopRequest, World, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
@@ -59,6 +59,7 @@ class TrainConfig:
     # length
     max_steps: int | None = None  # optimizer steps
     epochs: float | None = None  # passes over the data, unless max_steps comes sooner; with neither, one pass
+    max_hours: float | None = None  # end then, if that is sooner still: hours of all lives of a resumed run together
     target_loss: float | None = None  # stop after a step whose train loss is below this
     target_val_loss: float | None = None  # stop at an evaluation whose val loss is below this
     # optimizer
@@ -105,8 +106,9 @@ class TrainConfig:
         for name in ("decay_fraction", "warmup_fraction"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1]")
-        if self.epochs is not None and not 0 < self.epochs < 2**31:
-            raise ValueError(f"epochs = {self.epochs}, but it must be more than 0 and below 2^31")
+        for name in ("epochs", "max_hours"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 2**31:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0 and below 2^31")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if self.target_val_loss is not None and not self.val_interval:
@@ -116,10 +118,9 @@ class TrainConfig:
 # Options that may differ when a run is resumed: where, on what, how long, how often. All others make another run.
 MAY_CHANGE = {
     "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic",
-    "activation_checkpointing", "chunked_loss", "batch_size",
-    "max_steps", "epochs", "target_loss", "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval",
-    "hellaswag_data", "sample_interval", "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval",
-    "log_to",
+    "activation_checkpointing", "chunked_loss", "batch_size", "max_steps", "epochs", "max_hours", "target_loss",
+    "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data", "sample_interval",
+    "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
 }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ class State:
     skipped: int = 0  # the last steps in a row that had no finite loss and gradient
     best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # of the saved steps
     target_reached: bool = False
+    seconds: float = 0.0  # since the launch; those of a resumed run's earlier lives count
     stopped: bool = False  # by a signal, before this step's evaluations were done
 
 
@@ -148,6 +150,7 @@ class Run:
     autocast: contextlib.AbstractContextManager
     examples: list  # of HellaSwag
     stop: StopRequest
+    launched: float  # by time.perf_counter; a resumed run's earlier lives moved it back
 
 
 class Result(NamedTuple):
@@ -157,6 +160,7 @@ class Result(NamedTuple):
     norm: float  # of the gradient, before clipping
     lr: float
     stop: bool  # whether any process was asked to stop
+    seconds: float  # since the launch
 
     @property
     def finite(self) -> bool:
@@ -232,7 +236,7 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> i
         began = time.perf_counter()
         state.step += 1
         result = train_step(run, state.step, batches)
-        stopping = result.stop
+        stopping, state.seconds = result.stop, result.seconds
         seconds += time.perf_counter() - began
         if run.world.is_main and state.step == first_step:
             run.start.guard.start_reading()  # only now, so that the first step waits for nothing
@@ -258,7 +262,7 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
     if run.model.config.dropout:  # seeded by the step: no generator state to save or disturb
         seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
-    totals = torch.zeros(2, device=world.device)  # the mean loss; how many processes were asked to stop
+    totals = torch.zeros(3, device=world.device)  # to average over all processes: loss, stop, seconds
     for micro_batch in range(plan.micro_batches):
         x, y = next(batches)
         world.sync_gradients(run.wrapped, on=micro_batch == plan.micro_batches - 1)
@@ -267,16 +271,17 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
         totals[0] += loss.detach()
         scaler.scale(loss).backward()
     totals[1] += bool(run.stop)
+    totals[2] += time.perf_counter() - run.launched
     world.mean_(totals)
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    norm, (loss, stop) = norm.item(), totals.tolist()  # the step's one wait for the device
+    norm, (loss, stop, seconds) = norm.item(), totals.tolist()  # the step's one wait for the device
     lr = learning_rate(
         step, config.schedule, config.learning_rate, config.min_lr, plan.warmup_steps, plan.max_steps,
         config.decay_fraction,
     )  # fmt: skip
-    result = Result(loss, norm, lr, stop > 0)
+    result = Result(loss, norm, lr, stop > 0, seconds)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -407,7 +412,7 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
 
 
 def finished(state: State, plan: Plan) -> bool:
-    return state.step >= plan.max_steps or state.target_reached
+    return state.step >= plan.max_steps or state.target_reached or state.seconds >= plan.max_seconds
 
 
 def due(state: State, interval: int, plan: Plan | None = None) -> bool:
@@ -446,7 +451,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with autocast:
         wrapped = world.wrap(model, *example, warm_up=compiled)
-    return Run(start, world, log, model, wrapped, optimizers, scaler, autocast, examples, StopRequest())
+    launched = time.perf_counter() - start.saved.get("seconds", 0.0)
+    return Run(start, world, log, model, wrapped, optimizers, scaler, autocast, examples, StopRequest(), launched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,15 +488,18 @@ def log_step(run: Run, step: int, result: Result, dt: float) -> None:
     config, plan, world = run.start.config, run.start.plan, run.world
     tokens_per_sec = config.total_batch_size / dt
     _, peak_flops = hardware(world.device)
+    memory = peak_memory(world.device)
     mfu = run.model.flops_per_token(config.seq_len) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
     run.log.write(
         "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm,
         tokens=step * config.total_batch_size, tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
+        seconds=result.seconds, peak_memory_gb=memory,
     )  # fmt: skip
     run.log.say(
         f"step {step:>5}/{plan.max_steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | norm {result.norm:.4f} | "
         f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}"
-        f"eta {clock(dt * (plan.max_steps - step))}"
+        f"{f'{memory:.1f} GB | ' if memory else ''}"
+        f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}"
     )
 
 
@@ -504,7 +513,7 @@ def warn_of_long_steps(log: Metrics, seconds: float) -> None:
 
 
 def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 

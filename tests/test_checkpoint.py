@@ -189,7 +189,7 @@ def trained(kind):
 def saved_of(model, optimizers):
     saved = state(1) | {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     saved |= {"config": {}, "scaler": {}, "data": {}, "best": {"step": None, "val_loss": 1.5}, "skipped": 0}
-    return copy.deepcopy(saved | {"stopped": False, "target_reached": False, "path": "ckpt_000001.pt"})
+    return copy.deepcopy(saved | {"stopped": False, "target_reached": False, "seconds": 1.0, "path": "ckpt_000001.pt"})
 
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)

@@ -39,7 +39,7 @@ def train(data_dir, out_dir, *args, processes=None):
 
 def records(out_dir):
     """What must not depend on what a run went through."""
-    timings = ("dt", "tokens_per_sec", "mfu")
+    timings = ("dt", "tokens_per_sec", "mfu", "seconds")
     kept = [r for r in read_metrics(Path(out_dir, "metrics.jsonl")) if r["kind"] in ("train", "val", "sample")]
     return [{name: value for name, value in r.items() if name not in timings} for r in kept]
 

@@ -103,6 +103,20 @@ def test_same_losses_on_any_number_of_processes(data_dir, straight, tmp_path, pr
     assert len(metrics(tmp_path / "run", "run")) == 1  # rank 0 alone writes
 
 
+def test_max_hours_ends_a_run_in_order(data_dir, tmp_path):
+    """Counted over all lives of a run: more hours continue it."""
+    out, flags = tmp_path / "run", ["--max_steps=2000", "--resume=True"]
+    assert train(data_dir, out, *flags, "--max_hours=1e-9").returncode == 0
+    assert [record["step"] for record in metrics(out, "val")] == [0, 1]
+    assert metrics(out, "event")[-1]["event"] == "done"
+    seconds = metrics(out, "train")[-1]["seconds"]
+    assert "this run is done, at step 1" in train(data_dir, out, *flags).stdout
+    done = train(data_dir, out, *flags, f"--max_hours={(seconds + 0.05) / 3600}")
+    assert done.returncode == 0, done.stderr
+    assert 1 < metrics(out, "train")[-1]["step"] < 2000
+    assert metrics(out, "train")[-1]["seconds"] > seconds + 0.05
+
+
 def test_options_that_save_memory_give_the_same_losses(data_dir, straight, tmp_path):
     options = "--activation_checkpointing=True", "--chunked_loss=True"
     done = train(data_dir, tmp_path / "run", "--max_steps=20", *options)

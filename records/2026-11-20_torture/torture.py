@@ -72,7 +72,7 @@ def main() -> int:
         how = {"RANK": torture_ranks, "DISK": torture_disk}.get(config.signal, torture)
         done, saving = how(config, folder, tortured, rng)
         seconds = time.perf_counter() - began
-        leave_out = {"out_dir"} | ({"best"} if config.signal == "DISK" else set())
+        leave_out = {"out_dir", "seconds"} | ({"best"} if config.signal == "DISK" else set())
         states = [digest(out, leave_out) for out in (alone, tortured)]
         same = {"records": records(alone) == records(tortured), "state": states[0] == states[1]}
         steps = [r["step"] for r in read_metrics(tortured / "metrics.jsonl") if r["kind"] == "train"]
@@ -250,7 +250,7 @@ def kill(pid: int) -> None:
 
 
 def records(out: Path) -> list[dict]:
-    timings = ("dt", "tokens_per_sec", "mfu")
+    timings = ("dt", "tokens_per_sec", "mfu", "seconds")
     kept = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] in ("train", "val", "sample")]
     return [{name: value for name, value in r.items() if name not in timings} for r in kept]
 

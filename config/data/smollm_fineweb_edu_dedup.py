@@ -1,0 +1,5 @@
+# FineWeb-Edu without its duplicates, from SmolLM's corpus: some 200 billion tokens, so hundreds of GB of shards.
+#     python fineweb.py config/data/smollm_fineweb_edu_dedup.py
+dataset = "HuggingFaceTB/smollm-corpus"
+subset = "fineweb-edu-dedup"
+out_dir = "data/smollm_fineweb_edu_dedup"
