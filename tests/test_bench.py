@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, TRAIN, call, metrics, run
+from conftest import MODEL, ROOT, TRAIN, call, metrics
 
 import bench
 
@@ -103,7 +103,7 @@ def test_profile_writes_a_trace(data_dir, tmp_path):
 
 
 def test_two_processes(data_dir):
-    done = run("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2", processes=2)
+    done = call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2", processes=2)
     result = result_of(done)
     assert result["world_size"] == 2
     alone = result_of(call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2"))
