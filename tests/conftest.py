@@ -111,7 +111,7 @@ class Fork(multiprocessing.get_context("fork").Process):
         super().__init__()
         self.main, self.args, self.env = main, [main.__module__, *map(str, args)], dict(env)
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-        self.stdout = stdout or self.out.fileno()
+        self.stdout, self.seen = stdout or self.out.fileno(), 0
         self.start()
 
     def run(self):
@@ -130,11 +130,12 @@ class Fork(multiprocessing.get_context("fork").Process):
         file = getattr(self, stream).fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode()
 
-    def until(self, text, count=1):
-        """Wait until it has written this."""
-        while self.read().count(text) < count:
-            assert self.is_alive() or self.read().count(text) >= count, self.read("err")
+    def until(self, text):
+        """Wait until it has written this, behind what was waited for before."""
+        while text not in (have := self.read()[self.seen :]):
+            assert self.is_alive(), self.read("err")
             time.sleep(0.002)
+        self.seen += have.index(text) + len(text)
 
     def signal(self, number):
         os.kill(self.pid, number)

@@ -151,7 +151,7 @@ def test_other_options():
         (["--warmup=-1"], "warmup"),
         (["--profile=no/such/folder/trace.json"], "no/such/folder"),
         (["--compare=nowhere"], "nowhere"),
-        (["--against=--batch_size=3", "--rounds=1"], "total_batch_size"),
+        (["--batch_size=3", "--against=--n_layer=1"], "total_batch_size"),
         (["--step=1"], "did you mean step"),
         (["--device=gpu"], "device"),
     ],

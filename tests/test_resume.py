@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TRAIN, Fork, call, metrics, write_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import distributed
@@ -276,7 +277,7 @@ def children(pid):
 
 
 def torchrun(data_dir, out_dir, *args, restarts=0):
-    """The real one, with two processes of its own."""
+    """As a user starts it, with two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
     command = [
         sys.executable,
@@ -297,15 +298,17 @@ def until(process, text):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
-    """Without --resume=True too."""
+    """Without --resume=True too. It is torchrun's own launcher, less its command line, so that processes are forks."""
     out = tmp_path / "run"
-    process = torchrun(data_dir, out, *PAIR, restarts=3)
+    nodes = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
+    config = LaunchConfig(nproc_per_node=2, max_restarts=3, monitor_interval=0.01, start_method="fork", **nodes)
+    launch = elastic_launch(config, train_gpt2.main)
+    process = Fork(lambda: max(launch().values()), f"--data_dir={data_dir}", f"--out_dir={out}", *PAIR)
     for rank in (1, 0):  # twice, because the second restart finds what the first one left
-        until(process, "saved")
+        process.until("saved")
         os.kill(children(process.pid)[rank], signal.SIGKILL)
-        until(process, "resuming at step")
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+        process.until("resuming at step")
+    assert process.ended() == 0
     assert records(out) == records(pair)
     assert same_state(out, pair)
 
