@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import PathStr, UserError, cli, configure, under_torchrun
+from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches
 from distributed import World, hardware, machine, pick_dtype
 from metrics import Metrics
@@ -56,9 +56,8 @@ class BenchConfig:
     processes: int | None = None  # with compare or against: torchrun's, in place of starting this script with it
 
     def __post_init__(self):
-        for name, least in dict(steps=1, warmup=0, rounds=1, processes=1).items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least {least}")
+        at_least(self, 1, "steps", "rounds", "processes")
+        at_least(self, 0, "warmup")
         if self.profile and not Path(self.profile).absolute().parent.is_dir():
             raise ValueError(f"profile = {self.profile!r}: there is no such folder to write to")
 

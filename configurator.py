@@ -2,8 +2,8 @@
 
     python train_gpt2.py config/gpt2_124m.py --batch_size=32 --compile=False
 
-Config files are Python assignments; they are read in order, then the flags: a later value wins. Every name and type is
-checked against the dataclass annotations, and a mistake is one line that says what, where and what to do.
+Config files are Python assignments. They run in order, then the flags: a later value wins. Every name and type is
+checked against the dataclasses, and a mistake is one line that says what, where and what to do.
 """
 
 import ast
@@ -16,23 +16,21 @@ import re
 import signal
 import sys
 import time
-import tokenize
 import traceback
 import types
 import typing
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, Union
+from typing import Annotated, Any, Literal, TextIO
 
 PathStr = Annotated[str, "a path"]  # an option of this type may begin with ~/
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
 
 class UserError(Exception):
-    """A mistake of the user's, in one line: what is wrong, where, and what to do. `cli` makes it exit status 2.
+    """The user's mistake, in one line: what is wrong, where, and what to do. `cli` turns it into exit status 2.
 
-    `alone`: of several processes only this one knows (as a rule all of them raise the same).
+    `alone`: only this process raises it. As a rule all processes raise the same, and one of them prints it.
     """
 
     def __init__(self, message: str, alone: bool = False):
@@ -41,9 +39,9 @@ class UserError(Exception):
 
 
 class Output:
-    """stdout or stderr, whose failures end no run: what a closed pipe or a full disk does not take is lost.
+    """stdout or stderr, whose failure ends no run: what a closed pipe or a full disk refuses is lost.
 
-    Characters that the terminal's encoding does not have are replaced.
+    Characters that the terminal's encoding lacks are replaced.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -64,7 +62,7 @@ class Output:
                 getattr(self.stream, method)(*args)
         except OSError as error:
             self.lost = True
-            if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # `| head` wants no more, and knows it
+            if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # `| head` knows that it has enough
                 print(f"stdout: {error.strerror}; what is printed from here on is lost", file=sys.stderr, flush=True)
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, ...
@@ -81,13 +79,13 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
         if error.alone or not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # one process of each machine
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(10)  # torchrun kills all once one ends, and the one that says it must come to that
+            time.sleep(10)  # torchrun kills all processes once one ends; local rank 0 needs time to print
         status = 2
     except KeyboardInterrupt:
         status = 130  # as a shell calls it
     except Exception as error:
         if is_out_of_memory(error):
-            wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
+            wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))  # torch's words
             more = f" ({wanted[1]} more were wanted)" if wanted else ""
             print(f"error: out of memory{more}; use smaller batches, or a smaller model", file=sys.stderr, flush=True)
             status = 2
@@ -96,7 +94,7 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
             status = 1
         else:
             raise
-    if under_torchrun():  # gloo's threads outlive its group and now and then abort a Python that winds up
+    if under_torchrun():  # skip Python's shutdown, which gloo's threads sometimes abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -104,12 +102,12 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of a group that torchrun started (or who else sets all that torchrun does)."""
+    """Whether torchrun, or something that sets the same variables, started this process as one of a group."""
     return all(name in os.environ for name in TORCHRUN)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is what Python or torch raise for want of memory, on a card or on the CPU."""
+    """Whether Python or torch raised it because memory ran out, on a GPU or on the CPU."""
     names = [cls.__name__ for cls in type(error).__mro__]
     return "OutOfMemoryError" in names or "MemoryError" in names or "can't allocate memory" in str(error)
 
@@ -117,37 +115,24 @@ def is_out_of_memory(error: Exception) -> bool:
 def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     """Fill dataclasses from the command line (default: sys.argv).
 
-    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}): the instances, then a dict of every
-    name that was set to where it was set, for rules that depend on what the user asked for. The classes share one flat
-    namespace of names. `--help` prints all options and exits. Raises UserError.
+    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}): the instances, then where each name
+    was set, for rules that depend on what the user asked for. The classes share one flat namespace of names. `--help`
+    prints all options and exits. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         if not under_torchrun() or os.environ["RANK"] == "0":
             print(help_text(classes))
         sys.exit(0)
-    annotations = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
-    extras = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
-    paths = {name for name, hint in extras.items() if PathStr in (hint, *typing.get_args(hint))}
-    values: dict[str, Any] = {}
-    given: dict[str, str] = {}
-    files = [arg for arg in argv if not arg.startswith("-")]
-    flags = [arg for arg in argv if arg.startswith("-")]
-    for path in files:
-        for name, value, where in read_file(path, annotations):
-            values[name], given[name] = check(name, value, annotations, where), where
-    for flag in flags:
-        name, equals, text = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not name.isidentifier():
-            raise UserError(f"{flag}: options look like --name=value{nearest(name.replace('-', '_'), annotations)}")
-        if name in annotations and not equals:
-            raise UserError(f"--{name} needs a value: --{name}={'True' if annotations[name] is bool else 'VALUE'}")
-        given[name] = f"--{name}"
-        values[name] = check(name, parse(text, annotations.get(name)), annotations, given[name])
-    values |= {name: os.path.expanduser(value) for name, value in values.items() if name in paths and value}
+    annotations = {name: hint for cls in classes for name, hint in options_of(cls).items()}
+    settings = [setting for arg in argv if not arg.startswith("-") for setting in read_file(arg, annotations)]
+    settings += [read_flag(arg, annotations) for arg in argv if arg.startswith("-")]
+    values, given = {}, {}
+    for name, value, where in settings:
+        values[name], given[name] = check(name, value, annotations, where), where
     instances = []
     for cls in classes:
-        own = {name: values[name] for name in typing.get_type_hints(cls) if name in values}
+        own = {name: values[name] for name in options_of(cls) if name in values}
         try:
             instances.append(cls(**own))
         except ValueError as error:  # a rule across fields, from __post_init__
@@ -156,10 +141,13 @@ def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     return *instances, given
 
 
+def options_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)  # with PathStr, which is a plain str otherwise
+
+
 def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
-    """Execute a config file -> [(name, value, 'file:line')] of its public names; of imported ones only those known."""
+    """Execute a config file -> [(name, value, 'file:line')] of its public names, and of options that it imports."""
     if not path.endswith(".py"):
-        path = path or "''"
         raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
     try:
         source = Path(path).read_bytes()
@@ -168,109 +156,90 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
         raise UserError(f"{path}: {error.strerror}{nearest(path, others)}") from None
     namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Python warns of what it may have misread, as an unknown escape in a string
-            tree = ast.parse(source, path)
-            code = compile(tree, path, "exec")
-        exec(code, namespace)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever the file's own code raises, SystemExit too
-        frames = [f.tb_lineno for f in _frames(error.__traceback__) if f.tb_frame.f_code.co_filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
-        line = line or (frames[-1] if frames else 1)
+        tree = ast.parse(source, path)
+        exec(compile(tree, path, "exec"), namespace)
+    except Exception as error:
+        lines = [1, *(frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path)]
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else lines[-1]
         raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
-    lines: dict[str, int] = {}
-    imported = set()
-    for node in ast.walk(tree):
-        match node:
-            case ast.alias():
-                name = (node.asname or node.name).split(".")[0]
-                imported.add(name)
-            case ast.Name(id=name, ctx=ast.Store()) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                pass
-            case _:
-                continue
-        lines[name] = max(node.lineno, lines.get(name, 1))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    assigned = {node.id: node.lineno for node in sorted(names, key=lambda node: node.lineno)}
     return [
-        (name, value, f"{path}:{lines.get(name, 1)}")
+        (name, value, f"{path}:{assigned[name]}" if name in assigned else path)
         for name, value in namespace.items()
-        if not name.startswith("_") and (name not in imported or name in known)
+        if name in known or (name in assigned and not name.startswith("_"))
     ]
 
 
-def _frames(tb: types.TracebackType | None) -> typing.Iterator[types.TracebackType]:
-    while tb:
-        yield tb
-        tb = tb.tb_next
+def read_flag(flag: str, annotations: dict[str, Any]) -> tuple[str, Any, str]:
+    """'--lr=1e-3' -> ('lr', 0.001, '--lr')"""
+    name, equals, text = flag.removeprefix("--").partition("=")
+    if not flag.startswith("--") or not name.isidentifier():
+        raise UserError(f"{flag}: options look like --name=value{nearest(name.replace('-', '_'), annotations)}")
+    if name in annotations and not equals:
+        raise UserError(f"--{name} needs a value: --{name}={'True' if annotations[name] is bool else 'VALUE'}")
+    return name, parse(text, annotations.get(name)), f"--{name}"
 
 
 def parse(text: str, hint: Any) -> Any:
     """A command line value: a Python literal, true/false/none in any case, else the string itself."""
-    words = {"true": True, "false": False, "none": None}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # '\\d' is two characters, whatever Python thinks of it
-            value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it says it raises
         return text
     # A folder may be called 2024: where a string is wanted and the literal is none, the text is the value.
-    return value if _fits(value, hint) or not _fits(text, hint) else text
+    return text if fits(text, hint) and not fits(value, hint) else value
 
 
 def check(name: str, value: Any, annotations: dict[str, Any], where: str) -> Any:
     """The value as its annotation wants it (1 -> 1.0 for a float, 1e4 -> 10000 for an int), or a UserError."""
     if name not in annotations:
         raise UserError(f"{where}: unknown option {name!r}{nearest(name, annotations)}")
-    hint = annotations[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # what no file name or text can hold
-        raise UserError(f"{where}: {name} = {_show(value)} has a NUL or is not Unicode text")
-    exact = type(value) is float and abs(value) < 2**53  # above it a float is no longer one whole number
-    if int in options and float not in options and exact and value.is_integer():
-        return int(value)
-    if _fits(value, hint):
-        return float(value) if type(value) is int and float in options else value
-    literals = [str(x) for option in options if typing.get_origin(option) is Literal for x in typing.get_args(option)]
-    near = nearest(value, literals) if isinstance(value, str) else ""
-    raise UserError(f"{where}: {name} = {_show(value)}, but it must be {_spell(hint)}{near}")
+    kinds = kinds_of(annotations[name])
+    if type(value) is float and value.is_integer() and int in kinds and float not in kinds:
+        value = int(value)
+    if not any(fits(value, kind) for kind in kinds):
+        choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise UserError(f"{where}: {name} = {value!r}, but it must be {spell(annotations[name])}{near}")
+    if type(value) is int and float in kinds:
+        return float(value)
+    return os.path.expanduser(value) if type(value) is str and PathStr in kinds else value
 
 
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # an int of more than 4,300 digits, an object of a config file's own class
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
+def kinds_of(hint: Any) -> tuple:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return any(type(value) is type(x) and value == x for x in typing.get_args(hint))
-    if hint is type(None):
-        return value is None
+def fits(value: Any, hint: Any) -> bool:
+    if len(kinds_of(hint)) > 1:
+        return any(fits(value, kind) for kind in kinds_of(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
     if hint in (int, float) and type(value) is int:
-        return -(2**63) <= value < 2**63
-    return type(value) is hint and (hint is not float or math.isfinite(value))
+        return -(2**63) <= value < 2**63  # what torch and NumPy hold
+    if hint is float:
+        return type(value) is float and math.isfinite(value)
+    return type(value) is (str if hint is PathStr else hint)
 
 
-def _spell(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_spell(option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return " or ".join(repr(x) for x in typing.get_args(hint))
-    names = {
-        int: "a whole number (64 bits)",
-        float: "a finite number",
-        bool: "True or False",
-        str: "a string",
-        type(None): "None",
-    }
-    return names[hint]
+def spell(hint: Any) -> str:
+    """How an error calls a type."""
+    if len(kinds_of(hint)) > 1:
+        return " or ".join(map(spell, kinds_of(hint)))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    names = {int: "a whole number (64 bits)", float: "a finite number", bool: "True or False", type(None): "None"}
+    return names.get(hint, "a string")
+
+
+def at_least(instance: Any, least: float, *names: str) -> None:
+    """A rule for __post_init__: raises ValueError where one of these fields is below `least`; None is not."""
+    for name in names:
+        value = getattr(instance, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} = {value}, but it must be at least {least}")
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -280,25 +249,14 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def help_text(classes: typing.Iterable[type]) -> str:
-    """Every option with its default and its comment from the dataclass source."""
+    """Every option with its default, its choices and the comment behind it in the dataclass's source."""
     first = (sys.modules["__main__"].__doc__ or "").strip()
     lines = [first, "", f"usage: python {os.path.basename(sys.argv[0])} [config/file.py ...] [--name=value ...]"]
     for cls in classes:
-        comments = field_comments(cls)
+        comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         lines += ["", f"{cls.__name__}:"]
-        for name, hint in typing.get_type_hints(cls).items():
+        for name, hint in options_of(cls).items():
             default = f"--{name}={cls.__dataclass_fields__[name].default}"
-            about = [_spell(hint)] if "Literal" in str(hint) else []
-            about += [comments[name]] if name in comments else []
-            lines.append(f"  {default:<36} {'; '.join(about)}".rstrip())
+            choices = f"{spell(hint)}; " if "Literal" in str(hint) else ""
+            lines.append(f"  {default:<36} {choices}{comments.get(name, '')}".rstrip(" ;"))
     return "\n".join(lines)
-
-
-def field_comments(cls: type) -> dict[str, str]:
-    """{field: the comment behind it in the class's source}."""
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
-        field = re.match(r"\s+(\w+):", token.line)
-        if token.type == tokenize.COMMENT and field:
-            comments[field[1]] = token.string.lstrip("# ")
-    return comments

@@ -3,18 +3,23 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from configurator import cli
+from configurator import TORCHRUN, cli
 from distributed import StopRequest
 from model import GPT
 from shards import shard_header
@@ -59,20 +64,86 @@ def run(script, *args, processes=None, cwd=ROOT, **kwargs):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def call(script, *args):
-    """The same inside this process, which saves the seconds that starting Python and importing torch take."""
+def call(script, *args, processes=None):
+    """The same inside this process, or in forks of it, which saves the seconds of starting Python and importing torch.
+
+    `processes`: as torchrun starts them; once one fails, the others are killed, and its status is that of all.
+    """
+    main = importlib.import_module(script.removesuffix(".py")).main
+    if processes:
+        return call_processes(main, args, processes)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            cli(importlib.import_module(script.removesuffix(".py")).main)
+            cli(main)
     finally:
         gc.enable()
         sys.argv = argv
         for number, handler in before.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def call_processes(main, args, processes):
+    importlib.import_module("torch._dynamo")  # which DDP imports: here once, and not in each process
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = dict.fromkeys(TORCHRUN, str(processes)) | {"MASTER_PORT": str(server.getsockname()[1])}
+        env |= {"MASTER_ADDR": "127.0.0.1"}
+    ranks = [Fork(main, *args, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    failed = None
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=60)
+        failed = failed or next((rank for rank in ranks if rank.exitcode), None)
+        for rank in running:
+            if failed or not in_time:
+                rank.kill()
+        assert in_time, f"{len(running)} of {processes} processes hang"
+    out, err = ("".join(rank.read(stream) for rank in ranks) for stream in ("out", "err"))
+    return subprocess.CompletedProcess(args, failed.exitcode if failed else 0, out, err)
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A script's `main` in a copy of this process, in a session of its own. `exitcode` is -9 where SIGKILL ended it."""
+
+    def __init__(self, main, *args, env=(), stdout=None):
+        super().__init__()
+        self.main, self.args, self.env = main, [main.__module__, *map(str, args)], dict(env)
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+        self.stdout, self.seen = stdout or self.out.fileno(), 0
+        self.start()
+
+    def run(self):
+        os.setsid()
+        os.dup2(self.stdout, 1)
+        os.dup2(self.err.fileno(), 2)
+        sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"))
+        os.environ.update(self.env)
+        torch.cuda.is_available = lambda: False  # CUDA survives no fork
+        torch.distributed.destroy_process_group = lambda: None  # it can wait for ever for a thread that wants the GIL
+        sys.argv = self.args
+        cli(self.main)
+
+    def read(self, stream="out"):
+        """What it has written so far."""
+        file = getattr(self, stream).fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+    def until(self, text):
+        """Wait until it has written this, behind what was waited for before."""
+        while text not in (have := self.read()[self.seen :]):
+            assert self.is_alive(), self.read("err")
+            time.sleep(0.002)
+        self.seen += have.index(text) + len(text)
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def ended(self, timeout=60):
+        """Its exit status."""
+        self.join(timeout)
+        return self.exitcode
 
 
 @pytest.fixture

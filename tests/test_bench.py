@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, TRAIN, call, metrics, run
+from conftest import MODEL, ROOT, TRAIN, call, metrics
 
 import bench
 
@@ -103,7 +103,7 @@ def test_profile_writes_a_trace(data_dir, tmp_path):
 
 
 def test_two_processes(data_dir):
-    done = run("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2", processes=2)
+    done = call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2", processes=2)
     result = result_of(done)
     assert result["world_size"] == 2
     alone = result_of(call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=3", "--warmup=2"))
@@ -151,7 +151,7 @@ def test_other_options():
         (["--warmup=-1"], "warmup"),
         (["--profile=no/such/folder/trace.json"], "no/such/folder"),
         (["--compare=nowhere"], "nowhere"),
-        (["--against=--batch_size=3", "--rounds=1"], "total_batch_size"),
+        (["--batch_size=3", "--against=--n_layer=1"], "total_batch_size"),
         (["--step=1"], "did you mean step"),
         (["--device=gpu"], "device"),
     ],

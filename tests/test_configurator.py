@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from configurator import TORCHRUN, PathStr, UserError, cli, configure, field_comments
+from configurator import TORCHRUN, PathStr, UserError, at_least, cli, configure
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ def test_defaults():
         ("--out=none", "out", "none"),
         ("--out='quoted'", "out", "quoted"),
         ("--out=", "out", ""),
-        ("--out={[]: 1}", "out", "{[]: 1}"),
-        (r"--out='\d'", "out", r"\d"),
     ],
 )
 def test_values(flag, name, value):
@@ -102,16 +100,10 @@ def test_the_last_of_a_repeated_flag_wins():
         (["--widht=3"], ["--widht", "unknown", "did you mean width?"]),
         (["--width=wide"], ["--width", "'wide'", "whole number"]),
         (["--width=1.5"], ["--width", "whole number"]),
-        (["--width=1e23"], ["--width", "1e+23", "whole number"]),
         (["--steps=99999999999999999999"], ["--steps", "64 bits"]),
         (["--lr=1e400"], ["--lr", "inf", "finite"]),
-        (["--lr=" + "9" * 400], ["--lr", "finite"]),
-        (["--kind=" + "x" * 10**5], ["--kind", "xxx...,"]),
-        (["--out='a\\0'"], ["--out", "NUL"]),
-        (["--out=\udcff"], ["--out", "Unicode"]),
         (["--wi\ndth=3"], ["--wi dth=3: options"]),
         (["a\nb"], ["a b: not a config file"]),
-        ([""], ["'': not a config file"]),
         (["--width=True"], ["--width", "whole number"]),
         (["--resume=1"], ["--resume", "True or False"]),
         (["--kind=fency"], ["--kind", "'plain' or 'fancy'", "did you mean fancy?"]),
@@ -140,16 +132,9 @@ def test_mistakes_on_the_command_line(argv, said):
         ("lr = 1\nout = lr + 'x'\n", [":2", "TypeError"]),
         ("import nonesuch\n", [":1", "ModuleNotFoundError"]),
         ("width = 3\n", [":1", "is odd"]),
-        ("lr = 1\nraise SystemExit(0)\n", [":2", "SystemExit: 0"]),
-        ("raise GeneratorExit\n", [":1", "GeneratorExit"]),
         ("raise ValueError('a\\nb')\n", [":1", "ValueError: a b"]),
-        ("lr = 1\nout = '\\d'\n", [":2", "escape sequence"]),
         ("lr = float('nan')\n", [":1", "finite"]),
-        ("lr = 1\ndef steps(): pass\n", [":2", "steps", "function"]),
-        ("kind = 10 ** 5000\n", [":1", "kind", "a int"]),
-        ("class _R:\n    __repr__ = lambda _: 1 / 0\nout = _R()\n", [":3", "out", "a _R"]),
         (b"out = '\xff'\n", ["utf-8"]),
-        (b"out = 'a\0'\n", ["null byte"]),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, source, said):
@@ -162,24 +147,21 @@ def test_mistakes_in_a_file(tmp_path, source, said):
         assert part in str(error.value)
 
 
-def test_comments():
-    assert field_comments(Model) == {"width": "how wide", "kind": "which kind"}
-    assert field_comments(Train)["lr"] == "the rate, # in full"
+def test_help_has_each_option_with_its_default_choices_and_comment(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load("--help")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-11:] == [
+        "", "Model:", "--width=8 how wide", "--kind=plain 'plain' or 'fancy'; which kind", "--bias=None",
+        "", "Train:", "--lr=0.001 the rate, # in full", "--steps=None how many", "--out=out where",
+        "--resume=False whether",
+    ]  # fmt: skip
 
 
-def test_help_and_exit_status():
-    def script(*args):
-        code = "import sys; from train_gpt2 import TrainConfig, GPTConfig, configure, cli\n"
-        code += "cli(lambda: configure(TrainConfig, GPTConfig) and 0)"
-        return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
-
-    done = script("--help")
-    assert done.returncode == 0
-    assert "--learning_rate=0.0006" in done.stdout
-    assert "the highest" in done.stdout
-    wrong = script("--learning_rat=1")
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: --learning_rat: unknown option 'learning_rat'; did you mean learning_rate?\n"
+def test_at_least():
+    with pytest.raises(ValueError, match=r"^width = 8, but it must be at least 9$"):
+        at_least(Model(), 9, "bias", "width")
+    at_least(Model(), 8, "bias", "width")  # bias is None: not set
 
 
 def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, capsys):

@@ -1,11 +1,10 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import call_processes
 
 from configurator import TORCHRUN, UserError
 from distributed import PEAK_FLOPS, StopRequest, World, check_tokens, git_commit, hardware, pick_device, pick_dtype
@@ -24,15 +23,10 @@ def test_alone():
     assert world.wrap(model, torch.ones(1, 2)) is model
 
 
-SCRIPT = """
-import torch
-from configurator import UserError, cli
-from distributed import World
+def three_processes():
+    def mistake():
+        raise UserError("what rank 0 saw")
 
-def mistake():
-    raise UserError("what rank 0 saw")
-
-def main():
     world = World("cpu")
     assert world.size == 3
     assert world.sum([world.rank, 10.0**15 + world.rank]) == [3.0, 3 * 10.0**15 + 3]
@@ -40,15 +34,11 @@ def main():
     calls = []
     assert world.on_main(lambda: calls.append(1) or "from " + str(world.rank)) == "from 0"
     assert calls == ([1] if world.rank == 0 else [])  # rank 0 alone decides
-    try:
+    with pytest.raises(UserError, match="what rank 0 saw"):
         world.on_main(mistake)
-    except UserError as error:
-        assert str(error) == "what rank 0 saw"
-    else:
-        raise SystemExit("no error")
     for n, parts in ((7, 3), (6, 2), (1, 1)):  # 7 do not divide by 3
         batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
-        assert torch.equal(world.spread(lambda x: seen.append(len(x)) or x * 2, batch), batch * 2)
+        assert torch.equal(world.spread(lambda x, seen=seen: seen.append(len(x)) or x * 2, batch), batch * 2)
         assert seen == [parts]
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
@@ -59,20 +49,11 @@ def main():
         wrapped(torch.full((2, 3), float(world.rank + k))).sum().backward()
     want = sum(2.0 * (r + k) for r in range(3) for k in range(2)) / 3
     assert torch.allclose(model.weight.grad, torch.full((1, 3), want)), model.weight.grad
-    world.close()
     print("fine", world.rank)
 
-cli(main)
-"""
 
-
-def test_three_processes(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "script.py")], env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+def test_three_processes():
+    done = call_processes(three_processes, [], 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 3
 

@@ -1,6 +1,5 @@
 """Nothing lost: what killed, stopped, resumed and misled runs end with, compared with a run that was left alone."""
 
-import contextlib
 import json
 import math
 import os
@@ -10,14 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, call, metrics, run, write_shard
+from conftest import ROOT, TRAIN, Fork, call, metrics, write_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import distributed
@@ -34,7 +33,7 @@ FLAGS = [
 
 def train(data_dir, out_dir, *args, processes=None):
     args = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args]
-    return run("train_gpt2.py", *args, processes=processes) if processes else call("train_gpt2.py", *args)
+    return call("train_gpt2.py", *args, processes=processes)
 
 
 def records(out_dir):
@@ -64,39 +63,30 @@ def same_state(a, b):
     return True
 
 
-def fork(data_dir, out_dir, *args):
-    """A training run in a child process, which needs no second import of torch; its pid."""
-    pid = os.fork()
-    if not pid:
-        with contextlib.suppress(BaseException):
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            os._exit(train(data_dir, out_dir, *args).returncode)
-        os._exit(99)
-    return pid
+def fork(data_dir, out_dir, *args, **kwargs):
+    return Fork(train_gpt2.main, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args, **kwargs)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_kills_at_random_moments_change_nothing(data_dir, tmp_path, optimizer):
     """The long version, with 50 kills and several processes: records/2026-11-20_torture."""
-    flags = [*FLAGS, f"--optimizer={optimizer}"]
+    flags = [*FLAGS, f"--optimizer={optimizer}", "--max_steps=16"]
     assert train(data_dir, tmp_path / "alone", *flags).returncode == 0
     rng = random.Random(optimizer)
     out, killed, status = tmp_path / "killed", 0, None
     while status is None:
-        pid = fork(data_dir, out, *flags)
+        process = fork(data_dir, out, *flags)
         begun = len(list(out.glob("ckpt_*.pt")))
         newest = max(out.glob("ckpt_*.pt"), default=None)
-        while killed < 8 and max(out.glob("ckpt_*.pt"), default=None) == newest:  # until it gets somewhere
+        while killed < 5 and max(out.glob("ckpt_*.pt"), default=None) == newest:  # until it gets somewhere
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
-        if killed < 8:
-            os.kill(pid, signal.SIGKILL)
+        if killed < 5:
+            process.kill()
             killed += 1
-        _, ended = os.waitpid(pid, 0)
-        status = os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else None
+        status = None if process.ended() == -signal.SIGKILL else process.exitcode
         assert begun <= 5
-    assert (status, killed) == (0, 8)
+    assert (status, killed) == (0, 5)
     assert records(out) == records(tmp_path / "alone")
     assert same_state(out, tmp_path / "alone")
     assert [path.name for path in out.glob(".*")] == []
@@ -182,8 +172,8 @@ def test_on_another_number_of_processes_and_micro_batch(data_dir, pair, tmp_path
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_on_two_threads(data_dir, tmp_path):
     """Compiled for a CPU, threads would add up the embedding's gradient in any order, but for deterministic mode."""
-    flags = [*TRAIN, "--compile=True", "--max_steps=12", "--checkpoint_interval=4", "--keep_checkpoints=0"]
-    flags += ["--batch_size=32", "--total_batch_size=1024", "--n_layer=1"]
+    flags = [*TRAIN, "--compile=True", "--max_steps=8", "--checkpoint_interval=4", "--keep_checkpoints=0"]
+    flags += ["--batch_size=32", "--total_batch_size=1024", "--n_layer=1", "--val_interval=0"]
     torch.set_num_threads(2)
     try:
         assert train(data_dir, tmp_path / "a", *flags).returncode == 0
@@ -202,35 +192,15 @@ def test_a_compiled_run_on_two_threads(data_dir, tmp_path):
 # Signals
 
 
-def start(data_dir, out_dir, *args, launcher=()):
-    command = [
-        sys.executable,
-        *launcher,
-        ROOT / "train_gpt2.py",
-        f"--data_dir={data_dir}",
-        f"--out_dir={out_dir}",
-        *args,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True)
-
-
-def until(process, text):
-    while text not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path, number):
     out = tmp_path / "run"
     flags = [*TRAIN, "--max_steps=400", "--dropout=0.2", "--checkpoint_interval=100000", "--val_interval=0"]
-    process = start(data_dir, out, *flags)
-    until(process, "step     3/")
-    process.send_signal(number)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "--resume=True goes on" in rest
+    process = fork(data_dir, out, *flags)
+    process.until("step     3/")
+    process.signal(number)
+    assert process.ended() == 0
+    assert "--resume=True goes on" in process.read()
     (event,) = metrics(out, "event")
     (path,) = out.glob("ckpt_*.pt")
     step = event["step"]
@@ -246,14 +216,12 @@ def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path, number):
 def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
     """Even where Python does not get to run: the micro-batches of this step take minutes."""
     flags = [*TRAIN, "--max_steps=9", "--val_interval=0", "--total_batch_size=64000000"]
-    process = start(data_dir, tmp_path / "run", *flags)
-    until(process, "writing to")
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
-    assert process.returncode == -signal.SIGINT
+    process = fork(data_dir, tmp_path / "run", *flags)
+    process.until("writing to")
+    process.signal(signal.SIGINT)
+    assert process.ended(timeout=0.5) is None
+    process.signal(signal.SIGINT)
+    assert process.ended(timeout=5) == -signal.SIGINT
 
 
 @pytest.mark.parametrize("when", ["evaluation", "sample"])
@@ -308,33 +276,56 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def torchrun(data_dir, out_dir, *args, restarts=0):
+    """As a user starts it, with two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    command = [
+        sys.executable,
+        *launcher,
+        ROOT / "train_gpt2.py",
+        f"--data_dir={data_dir}",
+        f"--out_dir={out_dir}",
+        *args,
+    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def until(process, text):
+    while text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
-    """Without --resume=True too, but only its own run: another one's stays refused however often it is tried."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    """Without --resume=True too. It is torchrun's own launcher, less its command line, so that processes are forks."""
     out = tmp_path / "run"
-    process = start(data_dir, out, *PAIR, launcher=[*launcher, "--nproc_per_node=2"])
+    nodes = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
+    config = LaunchConfig(nproc_per_node=2, max_restarts=3, monitor_interval=0.01, start_method="fork", **nodes)
+    launch = elastic_launch(config, train_gpt2.main)
+    process = Fork(lambda: max(launch().values()), f"--data_dir={data_dir}", f"--out_dir={out}", *PAIR)
     for rank in (1, 0):  # twice, because the second restart finds what the first one left
-        until(process, "saved")
+        process.until("saved")
         os.kill(children(process.pid)[rank], signal.SIGKILL)
-        until(process, "resuming at step")
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+        process.until("resuming at step")
+    assert process.ended() == 0
     assert records(out) == records(pair)
     assert same_state(out, pair)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    launcher[-1] = "--max-restarts=1"
-    refused = start(data_dir, out, *PAIR, "--max_steps=70", launcher=[*launcher, "--nproc_per_node=1"])
-    assert refused.communicate(timeout=60)[1].count("already holds a run") == 2
+
+
+def test_another_run_is_refused_however_often_torchrun_tries(data_dir, pair):
+    """One process says so, and all of them end."""
+    before = {path.name: path.read_bytes() for path in pair.iterdir()}
+    refused = torchrun(data_dir, pair, *PAIR, restarts=1)
+    assert refused.communicate(timeout=60)[1].count("already holds a run") == 2  # once in each try
     assert refused.returncode == 1
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_group_whose_torchrun_was_killed_stops_in_order(data_dir, tmp_path):
     out = tmp_path / "run"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(data_dir, out, *TRAIN, "--max_steps=100000", "--val_interval=0", launcher=launcher)
+    process = torchrun(data_dir, out, *TRAIN, "--max_steps=100000", "--val_interval=0")
     until(process, "step     2/")
     process.kill()
     process.communicate(timeout=60)  # until the ranks have closed the output too
@@ -361,30 +352,19 @@ def test_steps_that_outlast_torchruns_patience_are_announced(capsys, tmp_path, m
 # Planted faults
 
 
-POISON = """
-import os, sys
-sys.path.insert(0, {root!r})
-import torch, train_gpt2
-from configurator import cli
+def test_nan_on_one_rank_is_skipped_on_all(data_dir, tmp_path, monkeypatch):
+    original, calls = train_gpt2.GPT.forward, []
 
-original, calls = train_gpt2.GPT.forward, []
+    def poisoned(self, *args):
+        loss = original(self, *args)
+        if self.training:
+            calls.append(1)
+        bad = os.environ["RANK"] == "1" and len(calls) in (6, 7)  # after DDP's pass at the start: step 5 and 6
+        return loss * math.nan if bad else loss
 
-def forward(self, *args):
-    loss = original(self, *args)
-    if self.training:
-        calls.append(1)
-    bad = os.environ["RANK"] == "1" and len(calls) in (6, 7)  # after DDP's pass at the start: step 5 and 6
-    return loss * float("nan") if bad else loss
-
-train_gpt2.GPT.forward = forward
-cli(train_gpt2.main)
-"""
-
-
-def test_nan_on_one_rank_is_skipped_on_all(data_dir, tmp_path):
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT)))
+    monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
     flags = [*TRAIN, "--max_steps=8", "--checkpoint_interval=1", "--keep_checkpoints=0", "--batch_size=4"]
-    done = run(tmp_path / "poison.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *flags, processes=2)
+    done = train(data_dir, tmp_path / "run", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     states = {s: torch.load(tmp_path / "run" / f"ckpt_{s:06d}.pt", weights_only=True) for s in range(3, 8)}
     assert [e["step"] for e in metrics(tmp_path / "run", "event") if e["event"] == "skipped step"] == [5, 6]
@@ -491,10 +471,12 @@ def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
 
 
 def test_a_lost_terminal_ends_no_run(data_dir, tmp_path):
-    process = start(data_dir, tmp_path / "run", *TRAIN, "--max_steps=30")
-    until(process, "step     1/")
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    terminal, end = os.pipe()
+    process = fork(data_dir, tmp_path / "run", *TRAIN, "--max_steps=30", stdout=end)
+    os.close(end)
+    assert os.read(terminal, 1)
+    os.close(terminal)
+    assert process.ended() == 0
     assert metrics(tmp_path / "run", "train")[-1]["step"] == 30
 
 
@@ -643,7 +625,7 @@ def test_an_id_out_of_range(own_data, tmp_path, processes):
     path.write_bytes(data)
     flags = [*TRAIN, "--max_steps=8"]
     done = train(own_data, tmp_path / "run", *flags, processes=processes)
-    assert done.returncode == (1 if processes else 2)
+    assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(said) >= 1
     assert "tiny_train_000002.bin: token" in said[0]
@@ -668,13 +650,13 @@ def test_a_clock_set_back(data_dir, tmp_path, monkeypatch):
 
 def test_a_deleted_metrics_file_lets_no_second_run_in(data_dir, tmp_path):
     out = tmp_path / "run"
-    first = start(data_dir, out, *TRAIN, "--max_steps=100000")
-    until(first, "step     2/")
+    first = fork(data_dir, out, *TRAIN, "--max_steps=100000")
+    first.until("step     2/")
     (out / "metrics.jsonl").unlink()
     done = train(data_dir, out, *TRAIN, "--max_steps=100000", "--resume=True")
     assert (done.returncode, "another process" in done.stderr) == (2, True)
     first.kill()
-    first.communicate()
+    first.join()
 
 
 def test_weights_that_cannot_speak_end_no_run(data_dir, tmp_path, monkeypatch):
@@ -703,27 +685,21 @@ def test_a_torn_metrics_line(data_dir, tmp_path):
 
 def test_two_runs_at_once(data_dir, tmp_path):
     out = tmp_path / "run"
-    first = start(data_dir, out, *TRAIN, "--max_steps=100000")
-    until(first, "step     2/")
+    first = fork(data_dir, out, *TRAIN, "--max_steps=100000")
+    first.until("step     2/")
     for flag in ("--resume=True", "--resume=False"):
         done = train(data_dir, out, *TRAIN, "--max_steps=100000", flag)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "another process" in done.stderr
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
-    assert first.returncode == 0
+    first.signal(signal.SIGTERM)
+    assert first.ended() == 0
     assert metrics(out, "event")[-1]["event"] == "stopped"
 
 
 def test_two_runs_that_start_at_the_same_moment(data_dir, tmp_path):
     out, flags = tmp_path / "run", [*TRAIN, "--max_steps=30", "--val_interval=0"]
-    pair = [start(data_dir, out, *flags) for _ in range(2)]
-    threads = [threading.Thread(target=process.communicate) for process in pair]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(process.returncode for process in pair) == [0, 2]
+    pair = [fork(data_dir, out, *flags) for _ in range(2)]
+    assert sorted(process.ended() for process in pair) == [0, 2]
     assert [r["step"] for r in metrics(out, "train")] == list(range(1, 31))
 
 

@@ -165,7 +165,6 @@ def test_a_checkpoint_carries_its_own_tokenizer(tmp_path):
         "--temperature=-1",
         "--temperature=1e-40",
         "--top_p=1e-46",
-        "--start='a\\0'",
         "--top_k=0",
         "--top_p=0",
         "--num_samples=0",

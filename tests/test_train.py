@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 
 def train(data_dir, out_dir, *args, processes=None):
     args = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *TRAIN, *args]
-    return run("train_gpt2.py", *args, processes=processes) if processes else call("train_gpt2.py", *args)
+    return call("train_gpt2.py", *args, processes=processes)
 
 
 def losses(out_dir):
@@ -395,6 +395,7 @@ def test_shards_without_meta(data_dir, tmp_path):
         (["--target_val_loss=1", "--val_interval=0"], "target_val_loss"),
         (["--n_head=5"], "n_head"),
         (["config/gpt2_124n.py"], "gpt2_124m.py"),
+        (["--learning_rat=1"], "learning_rate"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(data_dir, tmp_path, flags, said):
@@ -403,12 +404,6 @@ def test_mistakes_are_one_line_and_status_2(data_dir, tmp_path, flags, said):
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mistake_under_torchrun_ends_all_processes(data_dir, straight):
-    done = train(data_dir, straight[0], "--max_steps=20", processes=2)
-    assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count("already holds a run") == 1
 
 
 @needs_compiler
@@ -435,9 +430,6 @@ def test_as_a_user_runs_it(data_dir, tmp_path):
     done = run("train_gpt2.py", "mine.py", *flags, "--out_dir=a run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a run" / "ckpt_000001.pt").exists()
-    wrong = run("train_gpt2.py", "mine.py", "--learning_rat=1", cwd=tmp_path)
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-    assert "learning_rate" in wrong.stderr
 
 
 def test_a_ragged_last_batch_has_the_shape_of_the_others(data_dir):
