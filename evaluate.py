@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from configurator import PathStr, UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta
 from distributed import World, pick_dtype
-from huggingface import load_model
 from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
+from weights import load_model
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from configurator import PathStr, UserError, cli, configure
 from distributed import World, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
-from huggingface import encoding_of, load_model
 from model import GPT, without_cudnn
+from weights import encoding_of, load_model
 
 if TYPE_CHECKING:
     import tiktoken
