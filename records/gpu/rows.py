@@ -490,18 +490,16 @@ def sampling(card: Card) -> dict:
 
 def hellaswag_rate(card: Card) -> dict:
     """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
-    import torch
 
     import hellaswag
-    from distributed import World, pick_dtype
+    from distributed import World, autocast, pick_dtype
     from tokenizer import get_tokenizer
 
     world, model = World(card.device), random_model(card)
     T = card.shape["block_size"]
     examples = hellaswag.load(str(card.work / "hellaswag.jsonl"), get_tokenizer("bytes"), T)
-    dtype = pick_dtype("auto", world.device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(card.device, dtype)
-    seconds = card.time(lambda: hellaswag.score(model, examples, card.batches[1] * T, world, autocast), 1)
+    in_dtype = autocast(pick_dtype("auto", world.device), world.device)
+    seconds = card.time(lambda: hellaswag.score(model, examples, card.batches[1] * T, world, in_dtype), 1)
     rate = len(examples) / seconds
     return dict(ok=None, result=f"{rate:,.0f} examples/s: 10,042 in {10042 / rate:.0f} s", examples_per_sec=rate)
 
