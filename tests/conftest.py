@@ -6,8 +6,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,29 @@ def call(script, *args):
         for number, handler in before.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def call_on(processes, script, *args):
+    """The same on several processes, forked from this one with what torchrun would tell them; rank 0's as finished."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        children = []
+        for rank in range(processes):
+            child = os.fork()
+            if child == 0:
+                sys.stdout, sys.stderr, sys.argv = out, err, [str(ROOT / script), *map(str, args)]
+                os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+                try:
+                    cli(importlib.import_module(script.removesuffix(".py")).main)
+                finally:
+                    os._exit(1)  # cli ends a process of several: this is a failure
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(args, max(codes, key=abs), out.read(), err.read())
 
 
 @pytest.fixture
