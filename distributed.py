@@ -210,6 +210,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which matrix products are computed in `dtype`; in float32 it changes nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def check_tokens(batch_size: int, seq_len: int, device: torch.device) -> None:
     """Raises UserError if the device computes wrong gradients for a micro-batch of this size."""
     if device.type == "mps" and batch_size * seq_len > 32768:  # https://github.com/pytorch/pytorch/issues/177116

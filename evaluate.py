@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from configurator import PathStr, UserError, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta
-from distributed import World, pick_dtype
-from huggingface import load_model
+from distributed import World, autocast, pick_dtype
 from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
+from weights import load_model
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,10 @@ def main() -> int:
 
     everything = sum(map(len, shards)) - 1
     tokens = min(config.tokens or everything, everything)
-    dtype = pick_dtype(config.dtype, world.device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
     byte_lengths = token_bytes(get_tokenizer(its_tokenizer)) if meta else None
+    in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
     nats, num_bytes = evaluate(
-        model.eval(), shards, tokens, T, stride, config.batch_size, world, autocast, byte_lengths
+        model.eval(), shards, tokens, T, stride, config.batch_size, world, in_dtype, byte_lengths
     )
     world.close()
     words = meta.get(f"{config.split}_words") if tokens == everything else None
@@ -109,7 +108,7 @@ def exp(loss: float | None) -> float | None:
 @without_cudnn()
 def evaluate(
     model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
-    autocast: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
+    in_dtype: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
 ) -> tuple[float, int | None]:  # fmt: skip
     """The summed loss in nats of the first `tokens` targets, and the bytes of their text, by the bytes of each id."""
     count = 1 + math.ceil(max(0, tokens - seq_len) / stride)
@@ -119,7 +118,7 @@ def evaluate(
         x, y = read_windows(shards, batch, tokens, seq_len, stride)
         keep = y >= 0
         targets = y[keep]
-        with autocast:
+        with in_dtype:
             hidden = model.hidden(x.to(world.device))[keep.to(world.device)]  # (N, C)
             loss = token_losses(model, hidden, targets.to(world.device))
         if counts:

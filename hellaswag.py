@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from configurator import PathStr, UserError, cli, configure
-from distributed import World, pick_dtype
+from distributed import World, autocast, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
-from huggingface import encoding_of, load_model
 from model import GPT, without_cudnn
+from weights import encoding_of, load_model
 
 if TYPE_CHECKING:
     import tiktoken
@@ -72,9 +72,8 @@ def main() -> int:
     examples = world.on_main(lambda: load(config.data, enc, block_size, config.limit))
     if config.compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
-    dtype = pick_dtype(config.dtype, world.device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
-    acc, acc_norm, n = score(model, examples, config.batch_size * block_size, world, autocast, progress=True)
+    in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
+    acc, acc_norm, n = score(model, examples, config.batch_size * block_size, world, in_dtype, progress=True)
     world.close()
     if world.is_main:
         print(json.dumps({"model": str(path), "acc": acc, "acc_norm": acc_norm, "n": n}))
@@ -152,14 +151,14 @@ def download() -> str:
 
 def score(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
-    autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
+    in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
 ) -> tuple[float, float, int] | None:  # fmt: skip
     """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass. None where `stop`
     became true on any rank.
 
     Draws no random numbers, leaves the model's train or eval mode as it was and its compiled forward alone.
     """
-    losses = ending_losses(model, examples, max_tokens, world, autocast, progress, stop)
+    losses = ending_losses(model, examples, max_tokens, world, in_dtype, progress, stop)
     if world.sum([bool(stop)])[0]:
         return None
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
@@ -172,7 +171,7 @@ def score(
 @without_cudnn()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
-    autocast: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
+    in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
 ) -> np.ndarray:  # fmt: skip
     """The summed loss in nats of every ending, float64 (n, 4), on every rank."""
     losses = np.zeros((len(examples), 4))
@@ -183,7 +182,7 @@ def ending_losses(
             break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
-        with autocast:
+        with in_dtype:
             hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1)).flatten(0, 1)[where]
             loss = token_losses(model, hidden, targets).cpu().double().numpy()
         if counts:

@@ -11,7 +11,7 @@ Shapes, everywhere in this file:
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,47 +164,6 @@ class GPT(nn.Module):
         """Hidden states (N, C) and targets (N,) -> cross entropy in nats, -1 left out."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction=reduction)
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        vocab_size: int | None = None,
-        eot: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,), as soon as it is known.
-
-        temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) are never drawn. A sequence that drew
-        eot repeats it from then on; generation ends when all have, or after max_new_tokens. Where the context is full
-        its older half is dropped, so that a long text costs O(1) re-reads a token.
-
-        Raises FloatingPointError where logits are not finite.
-        """
-        config, block_size = self.config, self.config.block_size
-        total = min(block_size, idx.size(1) + max_new_tokens)
-        cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=self.wte.weight.dtype)
-        context = new = idx[:, -block_size:]
-        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if cache.length + new.size(1) > block_size:
-                new = context = context[:, -max(1, block_size // 2) :]
-                cache.length = 0
-            with without_cudnn():
-                logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, V)
-            token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p, generator)  # (B,)
-            if eot is not None:
-                token = torch.where(done, eot, token)
-                done |= token == eot
-            yield token
-            if eot is not None and done.all():
-                return
-            new = token[:, None]
-            context = torch.cat([context, new], dim=1)
-
     def num_params(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
@@ -326,25 +285,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + hs / 2) of x (B, T, nh, hs), the "rotate half" layout of Llama's checkpoints."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
-
-    Raises FloatingPointError where the logits have no finite maximum: torch.multinomial would end a CUDA process.
-    """
-    if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
-        raise FloatingPointError("the logits are not finite: its weights are spoilt, or too large for the dtype")
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    ids = None
-    if top_k is not None or top_p is not None:  # the candidates alone, likeliest first: cheaper than all of V
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
-    probs = (logits / temperature).softmax(dim=-1)
-    if top_p is not None:
-        outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before a token already reaches top_p
-        probs = probs.masked_fill(outside, 0.0)
-    choice = torch.multinomial(probs, 1, generator=generator)
-    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from configurator import PathStr, UserError, cli, configure
 from distributed import pick_device, pick_dtype
-from huggingface import encoding_of, load_model
-from model import GPT
+from model import GPT, KVCache, without_cudnn
+from weights import encoding_of, load_model
 
 if TYPE_CHECKING:
     import tiktoken
@@ -36,7 +37,7 @@ class SampleConfig:
     num_samples: int = 1  # made together as one batch; the first is streamed
     max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
-    top_k: int | None = 200  # draw from the so many likeliest tokens; None: from all
+    top_k: int | None = 200  # draw from this many likeliest tokens; None: from all
     top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
@@ -117,15 +118,15 @@ def complete(
     """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
 
     An empty start is the start of a document. `<|endoftext|>` in the start is the special token. The last piece holds
-    the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as GPT.generate does.
+    the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as generate does.
     """
     device = model.wte.weight.device
     ids = enc.encode(start, allowed_special={"<|endoftext|>"}, disallowed_special=()) or [enc.eot_token]
     idx = torch.tensor([ids] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    for tokens in model.generate(
-        idx, max_new_tokens, temperature, top_k, top_p,
+    for tokens in generate(
+        model, idx, max_new_tokens, temperature, top_k, top_p,
         vocab_size=enc.n_vocab, eot=enc.eot_token, generator=generator,
     ):  # fmt: skip
         ids = tokens.tolist()
@@ -134,6 +135,64 @@ def complete(
             for i, decoder in zip(ids, decoders, strict=True)
         ]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None, vocab_size: int | None = None, eot: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,), as soon as it is known.
+
+    temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) are never drawn. A sequence that drew
+    eot repeats it from then on; generation ends when all have, or after max_new_tokens. When the context is full, its
+    older half is dropped, so that a long text costs O(1) re-reads a token.
+
+    Raises FloatingPointError if logits are not finite.
+    """
+    config, block_size = model.config, model.config.block_size
+    total = min(block_size, idx.size(1) + max_new_tokens)
+    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
+    context = new = idx[:, -block_size:]
+    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        if cache.length + new.size(1) > block_size:
+            new = context = context[:, -max(1, block_size // 2) :]
+            cache.length = 0
+        with without_cudnn():
+            logits = model.lm_head(model.hidden(new, cache)[:, -1])  # (B, V)
+        token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p, generator)  # (B,)
+        if eot is not None:
+            token = torch.where(done, eot, token)
+            done |= token == eot
+        yield token
+        if eot is not None and done.all():
+            return
+        new = token[:, None]
+        context = torch.cat([context, new], dim=1)
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
+
+    Raises FloatingPointError where the logits have no finite maximum: torch.multinomial would end a CUDA process.
+    """
+    if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
+        raise FloatingPointError("the logits are not finite: its weights are spoilt, or too large for the dtype")
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    ids = None
+    if top_k is not None or top_p is not None:  # the candidates alone, likeliest first: cheaper than all of V
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before a token already reaches top_p
+        probs = probs.masked_fill(outside, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def starting_point(
     if "model" in saved:
         return gpt_config, saved["model"]
     if config.init_from != "scratch":
-        from huggingface import starting_weights  # tokenizers take a while to import
+        from weights import starting_weights  # tokenizers take a while to import
 
         asked = vars(gpt_config) if saved else sources  # a run that begins again has all its options already
         return starting_weights(config.init_from, gpt_config, asked, config.data_dir, meta)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import checkpoint
 from configurator import PathStr, UserError, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
-from distributed import StopRequest, World, hardware, machine, make_deterministic, peak_memory, pick_dtype
+from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
@@ -437,7 +437,7 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     model.activation_checkpointing, model.chunked_loss = config.activation_checkpointing, config.chunked_loss
     model.to(world.device)
     dtype = pick_dtype(config.dtype, world.device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype)
+    in_dtype = autocast(dtype, world.device)
     optimizers = make_optimizers(
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
     )
@@ -449,10 +449,10 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     if compiled:
         model.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
-    with autocast:
+    with in_dtype:
         wrapped = world.wrap(model, *example, warm_up=compiled)
     launched = time.perf_counter() - start.saved.get("seconds", 0.0)
-    return Run(start, world, log, model, wrapped, optimizers, scaler, autocast, examples, StopRequest(), launched)
+    return Run(start, world, log, model, wrapped, optimizers, scaler, in_dtype, examples, StopRequest(), launched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

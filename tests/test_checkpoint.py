@@ -11,9 +11,9 @@ from conftest import TRAIN, call
 
 import checkpoint
 from configurator import UserError
-from huggingface import load_model
 from model import GPT, GPTConfig
 from optim import make_optimizers
+from weights import load_model
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)
@@ -372,7 +372,7 @@ def test_weights_too_many_or_too_few(tmp_path):
     ids=str,
 )
 def test_sizes_that_the_file_cannot_hold_are_refused_before_anything_is_built(tmp_path, sizes, monkeypatch):
-    monkeypatch.setattr("huggingface.without_weights", None)
+    monkeypatch.setattr("weights.GPT", None)
     odd = state(1) | {"gpt_config": {**vars(TINY), **sizes}}
     path = checkpoint.save(odd, tmp_path, keep=0, best_step=None)
     with pytest.raises(UserError, match=f"{path}: its gpt_config"):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TRAIN, call, metrics, run, write_shard
+from conftest import TRAIN, call, metrics, write_shard
 
 import checkpoint
 from model import GPT, GPTConfig
@@ -137,7 +137,7 @@ def test_is_the_val_loss_of_training(data_dir, tmp_path):
 def test_processes(folder, data):
     save(folder)
     args = [f"--model={folder}", f"--data_dir={data}", "--device=cpu", "--batch_size=4", "--stride=20"]  # 5 batches
-    done = run("evaluate.py", *args, processes=2)
+    done = call("evaluate.py", *args, processes=2)
     assert done.returncode == 0, done.stderr
     alone, shared = evaluate(folder, data, *args[3:]), json.loads(done.stdout.splitlines()[-1])
     assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-12)

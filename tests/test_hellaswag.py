@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import call, run
+from conftest import call
 
 import checkpoint
 import hellaswag
@@ -156,7 +156,7 @@ def test_as_a_user_runs_it(rows, path, checkpoint_path, monkeypatch):
     for more in ([], ["--batch_size=50"]):
         done = call("hellaswag.py", *args, *more)
         assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
-    done = run("hellaswag.py", *args, "--batch_size=1", processes=3)
+    done = call("hellaswag.py", *args, "--batch_size=1", processes=3)
     assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
     monkeypatch.setenv("HOME", str(path.parent))
     home = call("hellaswag.py", args[0], f"--data=~/{path.name}", "--device=cpu")

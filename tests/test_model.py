@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from model import GPT, GPTConfig, KVCache, one_product, sample_token
+from model import GPT, GPTConfig, KVCache, one_product
 
 TINY = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = {
@@ -197,77 +197,6 @@ def test_a_tree_of_sequences_in_one_row(flags):
             alone = model.hidden(torch.cat([trunk, branch], 1))
             assert torch.allclose(x[:, :10], alone[:, :10], atol=1e-5)
             assert torch.allclose(here, alone[:, 10:], atol=1e-5)
-
-
-def generate_uncached(model, idx, n, **how):
-    """The definition: the whole context forward for every token, its older half dropped where it is full."""
-    context = idx[:, -model.config.block_size :]
-    out = []
-    for _ in range(n):
-        if context.size(1) > model.config.block_size:
-            context = context[:, -model.config.block_size // 2 :]
-        out.append(sample_token(model(context)[:, -1], **how))
-        context = torch.cat([context, out[-1][:, None]], 1)
-    return torch.stack(out, 1)
-
-
-@variants
-@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=0.8, top_k=20, top_p=0.9)])
-def test_cached_generation_equals_uncached(flags, how):
-    model, (idx, _) = make(flags), batch(T=7)
-    for p in model.parameters():  # a sharper model, whose tokens depend on the context
-        p.data *= 4 if p.dim() == 2 else 1
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        uncached = generate_uncached(model, idx, 60, **{"top_k": None, "top_p": None, **how, "generator": generator})
-    generator.manual_seed(7)
-    cached = torch.stack(list(model.generate(idx, 60, generator=generator, **how)), 1)
-    assert torch.equal(cached, uncached)  # 7 + 60 tokens: past block_size = 32 too
-    if how["temperature"]:
-        assert len(set(cached.flatten().tolist())) > 10
-
-
-def test_generation_stops_at_endoftext_and_never_draws_padding():
-    model, (idx, _) = make(), batch(B=8, T=4)
-    model.lm_head.weight.data[90:] = 3 * model.lm_head.weight.data[:11]  # the padding would be likely
-    generator = torch.Generator().manual_seed(0)
-    free = torch.stack(list(model.generate(idx, 200, vocab_size=90, generator=generator)), 1)
-    assert free.max() < 90
-    assert free.shape == (8, 200)
-    generator.manual_seed(0)
-    eot = free[0, 5].item()
-    stopped = torch.stack(list(model.generate(idx, 200, vocab_size=90, eot=eot, generator=generator)), 1)
-    for row, alone in zip(stopped, free, strict=True):
-        ends = (row == eot).nonzero()
-        first = ends[0].item() if len(ends) else len(row)
-        assert (row[first:] == eot).all()
-        if first <= stopped.size(1):
-            assert torch.equal(row[: min(first, 6)], alone[: min(first, 6)])
-    assert (stopped[0, 5:] == eot).all()
-
-
-def test_top_k_and_top_p_against_brute_force():
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(1, 50)
-    order = logits[0].argsort(descending=True).tolist()
-    probs = (logits[0] / 0.7).softmax(0)
-    for top_k, top_p in [(5, None), (None, 0.6), (7, 0.8), (None, 1.0), (100, None)]:
-        allowed = order[: top_k or 50]
-        if top_p is not None and top_p < 1:
-            total = sum(probs[i].item() for i in allowed)
-            mass, nucleus = 0.0, []
-            for i in allowed:
-                if mass >= top_p:
-                    break
-                nucleus.append(i)
-                mass += probs[i].item() / total
-            allowed = nucleus
-        want = torch.zeros(50)
-        want[allowed] = probs[allowed] / probs[allowed].sum()
-        many = sample_token(logits.expand(20000, -1), 0.7, top_k, top_p, torch.Generator().manual_seed(1))
-        have = torch.bincount(many, minlength=50) / 20000
-        assert set(many.tolist()) <= set(allowed)
-        assert (have - want).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(

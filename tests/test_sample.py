@@ -9,12 +9,13 @@ import pytest
 import tokenizers
 import torch
 from conftest import ROOT, call, run
+from test_model import batch, make, variants
 
 import checkpoint
-from huggingface import load_model
-from model import GPT, GPTConfig, sample_token
-from sample import complete, speed_up
+from model import GPT, GPTConfig
+from sample import complete, generate, sample_token, speed_up
 from tokenizer import get_tokenizer
+from weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,77 @@ def test_a_home_folder(folder, monkeypatch):
     assert done.stdout.startswith("Hello")
 
 
+def generate_uncached(model, idx, n, **how):
+    """The definition: the whole context forward for every token, its older half dropped where it is full."""
+    context = idx[:, -model.config.block_size :]
+    out = []
+    for _ in range(n):
+        if context.size(1) > model.config.block_size:
+            context = context[:, -model.config.block_size // 2 :]
+        out.append(sample_token(model(context)[:, -1], **how))
+        context = torch.cat([context, out[-1][:, None]], 1)
+    return torch.stack(out, 1)
+
+
+@variants
+@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=0.8, top_k=20, top_p=0.9)])
+def test_cached_generation_equals_uncached(flags, how):
+    model, (idx, _) = make(flags), batch(T=7)
+    for p in model.parameters():  # a sharper model, whose tokens depend on the context
+        p.data *= 4 if p.dim() == 2 else 1
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        uncached = generate_uncached(model, idx, 60, **{"top_k": None, "top_p": None, **how, "generator": generator})
+    generator.manual_seed(7)
+    cached = torch.stack(list(generate(model, idx, 60, generator=generator, **how)), 1)
+    assert torch.equal(cached, uncached)  # 7 + 60 tokens: past block_size = 32 too
+    if how["temperature"]:
+        assert len(set(cached.flatten().tolist())) > 10
+
+
+def test_generation_stops_at_endoftext_and_never_draws_padding():
+    model, (idx, _) = make(), batch(B=8, T=4)
+    model.lm_head.weight.data[90:] = 3 * model.lm_head.weight.data[:11]  # the padding would be likely
+    generator = torch.Generator().manual_seed(0)
+    free = torch.stack(list(generate(model, idx, 200, vocab_size=90, generator=generator)), 1)
+    assert free.max() < 90
+    assert free.shape == (8, 200)
+    generator.manual_seed(0)
+    eot = free[0, 5].item()
+    stopped = torch.stack(list(generate(model, idx, 200, vocab_size=90, eot=eot, generator=generator)), 1)
+    for row, alone in zip(stopped, free, strict=True):
+        ends = (row == eot).nonzero()
+        first = ends[0].item() if len(ends) else len(row)
+        assert (row[first:] == eot).all()
+        if first <= stopped.size(1):
+            assert torch.equal(row[: min(first, 6)], alone[: min(first, 6)])
+    assert (stopped[0, 5:] == eot).all()
+
+
+def test_top_k_and_top_p_against_brute_force():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, 50)
+    order = logits[0].argsort(descending=True).tolist()
+    probs = (logits[0] / 0.7).softmax(0)
+    for top_k, top_p in [(5, None), (None, 0.6), (7, 0.8), (None, 1.0), (100, None)]:
+        allowed = order[: top_k or 50]
+        if top_p is not None and top_p < 1:
+            total = sum(probs[i].item() for i in allowed)
+            mass, nucleus = 0.0, []
+            for i in allowed:
+                if mass >= top_p:
+                    break
+                nucleus.append(i)
+                mass += probs[i].item() / total
+            allowed = nucleus
+        want = torch.zeros(50)
+        want[allowed] = probs[allowed] / probs[allowed].sum()
+        many = sample_token(logits.expand(20000, -1), 0.7, top_k, top_p, torch.Generator().manual_seed(1))
+        have = torch.bincount(many, minlength=50) / 20000
+        assert set(many.tolist()) <= set(allowed)
+        assert (have - want).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--top_k=None"], ["--top_p=0.9"]], ids=str)
 def test_logits_that_are_not_finite_are_one_line(tmp_path, value, flags, monkeypatch):
@@ -109,36 +181,44 @@ def test_speed_up_changes_the_layout_alone():
     assert torch.allclose(model(idx), before, atol=1e-6)
 
 
-class Scripted:
-    """Stands in for a model whose tokens are known."""
+@pytest.fixture
+def script(monkeypatch):
+    """A function: from now on these are the tokens that are drawn, a row a sample. It returns a list of the prompts."""
 
-    def __init__(self, rows):
-        self.rows, self.wte = rows, torch.nn.Embedding(1, 1)
+    def script(*rows):
+        prompts = []
 
-    def generate(self, idx, max_new_tokens, *args, eot, **kwargs):
-        self.prompt = idx
-        for tokens in zip(*self.rows, strict=True):
-            yield torch.tensor(tokens)
+        def generate(model, idx, *args, **kwargs):
+            prompts.append(idx.tolist())
+            return map(torch.tensor, zip(*rows, strict=True))
+
+        monkeypatch.setattr("sample.generate", generate)
+        return prompts
+
+    return script
 
 
-def test_no_character_is_broken():
+MODEL = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+
+
+def test_no_character_is_broken(script):
     enc = get_tokenizer("bytes")
     text = "naïve 漢字 🙂 end"
-    model = Scripted([list(text.encode()), list(text.encode()[:-4]) + [256] * 4])
-    pieces = list(complete(model, enc, "x", 2, 99))
+    script([*text.encode()], [*text.encode()[:-4], *[256] * 4])
+    pieces = list(complete(MODEL, enc, "x", 2, 99))
     assert "".join(first for first, _ in pieces) == text
     assert "".join(second for _, second in pieces) == text[:-4]
     assert all("\ufffd" not in piece for step in pieces for piece in step)
-    cut = Scripted([list("é".encode()[:1])])
-    assert ["".join(p) for p in complete(cut, enc, "", 1, 99)] == ["", "\ufffd"]
+    script("é".encode()[:1])
+    assert ["".join(p) for p in complete(MODEL, enc, "", 1, 99)] == ["", "\ufffd"]
 
 
-def test_prompts():
+def test_prompts(script):
     enc = get_tokenizer("bytes")
     for start, ids in [("", [256]), ("ab", [97, 98]), ("<|endoftext|>a", [256, 97])]:
-        model = Scripted([[97]])
-        list(complete(model, enc, start, 1, 1))
-        assert model.prompt.tolist() == [ids]
+        prompts = script([97])
+        list(complete(MODEL, enc, start, 1, 1))
+        assert prompts == [[ids]]
 
 
 def test_a_checkpoint_carries_its_own_tokenizer(tmp_path):
@@ -202,7 +282,7 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(tmp_path):
     checkpoint.save(state | {"tokenizer": "nowhere"}, tmp_path, keep=0, best_step=None)
     done = sample(tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "ckpt_000001.pt: unknown tokenizer 'nowhere'" in done.stderr
+    assert "unknown tokenizer 'nowhere'" in done.stderr
 
 
 def test_attention_is_not_cudnns(folder, cudnn):

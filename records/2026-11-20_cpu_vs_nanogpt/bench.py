@@ -77,12 +77,13 @@ def sample(who, folder):
     prompt = torch.randint(50257, (1, 16))
     if who == "ours":
         model = our_model().eval()
+        from sample import generate as sample_from
         from sample import speed_up
 
         speed_up(model)
 
         def generate():
-            return len(list(model.generate(prompt, 256, temperature=0.8, top_k=200)))
+            return len(list(sample_from(model, prompt, 256, temperature=0.8, top_k=200)))
     elif who == "transformers":
         import transformers
 

@@ -28,8 +28,9 @@ from lm_eval.models.huggingface import HFLM
 from configurator import UserError, cli, configure
 from distributed import World
 from hellaswag import VAL_FILE, Example, ending_losses
-from huggingface import load_model, save_folder
+from huggingface import save_folder
 from tokenizer import get_tokenizer
+from weights import load_model
 
 TOLERANCE = 1e-3  # nats, in a sum of float32 losses of up to some hundred tokens
 

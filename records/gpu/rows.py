@@ -237,7 +237,7 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     import torch
     import transformers
 
-    from huggingface import layout, save_folder, stack
+    from huggingface import by_our_names, save_folder
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -248,7 +248,6 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     save_folder(model, None, folder, "random weights")
     model.to(card.device)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
-    places = layout(config)
     for who, precision in ((model, dtype), (peer, dtype), (peer, torch.float32)):
         who.zero_grad()
         with torch.autocast(card.device, precision, enabled=precision != torch.float32):
@@ -256,11 +255,8 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
         grads = {name: p.grad for name, p in who.named_parameters()}
-        if who is model:
-            grads = {theirs: stack(theirs, [grads[name] for name in ours]) for theirs, (ours, _) in places.items()}
-        else:
-            grads = {re.sub(r"^(transformer|model)\.", "", name): grad for name, grad in grads.items()}
-        flat = torch.cat([grads[name].flatten() for name in places])
+        grads = grads if who is model else by_our_names(grads)
+        flat = torch.cat([grads[name].flatten() for name, _ in model.named_parameters()])
         yield dict(logits=logits.detach().float(), loss=loss.detach(), gradients=flat)
 
 
@@ -494,18 +490,16 @@ def sampling(card: Card) -> dict:
 
 def hellaswag_rate(card: Card) -> dict:
     """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
-    import torch
 
     import hellaswag
-    from distributed import World, pick_dtype
+    from distributed import World, autocast, pick_dtype
     from tokenizer import get_tokenizer
 
     world, model = World(card.device), random_model(card)
     T = card.shape["block_size"]
     examples = hellaswag.load(str(card.work / "hellaswag.jsonl"), get_tokenizer("bytes"), T)
-    dtype = pick_dtype("auto", world.device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(card.device, dtype)
-    seconds = card.time(lambda: hellaswag.score(model, examples, card.batches[1] * T, world, autocast), 1)
+    in_dtype = autocast(pick_dtype("auto", world.device), world.device)
+    seconds = card.time(lambda: hellaswag.score(model, examples, card.batches[1] * T, world, in_dtype), 1)
     rate = len(examples) / seconds
     return dict(ok=None, result=f"{rate:,.0f} examples/s: 10,042 in {10042 / rate:.0f} s", examples_per_sec=rate)
 
