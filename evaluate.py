@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import PathStr, UserError, cli, configure
+from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, data_tokenizer, read_meta
 from distributed import World, autocast, pick_dtype
 from model import GPT, without_cudnn
@@ -54,9 +54,7 @@ class EvaluateConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
 
     def __post_init__(self):
-        for name in ("tokens", "seq_len", "stride", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        at_least(self, 1, "tokens", "seq_len", "stride", "batch_size")
 
 
 def main() -> int:

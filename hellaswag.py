@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import PathStr, UserError, cli, configure
+from configurator import PathStr, UserError, at_least, cli, configure
 from distributed import World, autocast, pick_dtype
 from evaluate import deal, token_losses
 from files import whole_file
@@ -53,9 +53,7 @@ class HellaSwagConfig:
     compile: bool = False  # torch.compile, which takes about a minute before it saves any
 
     def __post_init__(self):
-        for name in ("limit", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        at_least(self, 1, "limit", "batch_size")
 
 
 class Example(NamedTuple):

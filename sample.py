@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from configurator import PathStr, UserError, cli, configure
+from configurator import PathStr, UserError, at_least, cli, configure
 from distributed import pick_device, pick_dtype
 from model import GPT, KVCache, without_cudnn
 from weights import encoding_of, load_model
@@ -44,9 +44,7 @@ class SampleConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as in training
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        at_least(self, 1, "num_samples", "max_new_tokens")
         if self.temperature and self.temperature < 1e-6:  # logits over less leave what float32 holds
             raise ValueError(f"temperature = {self.temperature}, but it must be 0 or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import checkpoint
-from configurator import PathStr, UserError, cli, configure, under_torchrun
+from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
@@ -88,15 +88,11 @@ class TrainConfig:
     log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
 
     def __post_init__(self):
-        at_least_1 = ("batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
-        at_least_0 = (
-            "seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
-            "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens",
+        at_least(self, 1, "batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
+        at_least(
+            self, 0, "seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval",
+            "keep_checkpoints", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens",
         )  # fmt: skip
-        for least, names in ((1, at_least_1), (0, at_least_0)):
-            for name in names:
-                if getattr(self, name) is not None and getattr(self, name) < least:
-                    raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least {least}")
         for name in ("out_dir", "data_dir", "init_from"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
