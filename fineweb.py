@@ -124,6 +124,7 @@ class Batch(NamedTuple):
     is_last: bool  # of its split
 
 
+Results = Iterator[tuple[Batch, np.ndarray]]  # with its tokens
 Cut = tuple[float, int]  # (document, character): where in the source validation begins
 NEVER = (math.inf, 0)
 
@@ -241,23 +242,14 @@ def make_batches(source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext
 # Batches to tokens
 
 
-class Encoded(NamedTuple):
-    tokens: np.ndarray  # uint16
-    words: int
-    bytes: int  # of UTF-8
-
-
-def encode(pieces: list[Piece], encoder: BatchEncoder) -> Encoded:
-    """Every document begins with <|endoftext|>, and <|endoftext|> in a text is ordinary text."""
+def encode(pieces: list[Piece], encoder: BatchEncoder) -> np.ndarray:
+    """Token ids, uint16. Every document begins with <|endoftext|>; the same characters in a text are ordinary text."""
     ids, counts = encoder([piece.text for piece in pieces])
     starts = (np.cumsum(counts) - counts)[[piece.first for piece in pieces]]
-    tokens = np.insert(ids, starts, encoder.enc.eot_token)
-    return Encoded(tokens, sum(piece.words for piece in pieces), sum(len(piece.text) for piece in pieces))
+    return np.insert(ids, starts, encoder.enc.eot_token)
 
 
-def encode_all(
-    batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPoolExecutor
-) -> Iterator[tuple[Batch, Encoded]]:
+def encode_all(batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPoolExecutor) -> Results:
     """All batches with their tokens, in order; while one is encoded, the next are read."""
     waiting: deque = deque()
     for batch in batches:
@@ -273,31 +265,30 @@ def encode_all(
 # Tokens to shards
 
 
-def write_shards(results: Iterator[tuple[Batch, Encoded]], out_dir: Path, config: DataConfig, progress: dict) -> None:
+def write_shards(results: Results, out_dir: Path, config: DataConfig, progress: dict) -> None:
     """Whole batches into whole shards; after each, progress.json says how far the source has been read."""
-    shards, counts = progress["shards"], progress["counts"]
-    for batch, encoded in results:
-        number = len(shards["train"]) + len(shards["val"])
-        split = "val" if number < (config.val_shards or 0) else batch.split
-        number = len(shards[split]) + (config.val_shards or 1 if split == "train" else 0)
+    shards, val_shards = progress["shards"], config.val_shards or 0
+    for batch, tokens in results:
+        split = "val" if len(shards["train"]) + len(shards["val"]) < val_shards else batch.split
+        number = len(shards[split]) + (val_shards or 1 if split == "train" else 0)
         name = f"{out_dir.resolve().name}_{split}_{number:06d}.bin"
         with whole_file(out_dir / name) as file:
             file.write(shard_header(0))
-            tokens = checksum = 0
+            count = checksum = 0
             while True:
-                file.write(encoded.tokens)
-                checksum = zlib.crc32(encoded.tokens, checksum)
-                tokens += len(encoded.tokens)
-                counts[f"{split}_tokens"] += len(encoded.tokens)
-                counts[f"{split}_words"] += encoded.words
-                counts[f"{split}_bytes"] += encoded.bytes
-                if tokens >= config.shard_tokens or batch.is_last:
+                file.write(tokens)
+                count, checksum = count + len(tokens), zlib.crc32(tokens, checksum)
+                progress[f"{split}_tokens"] += len(tokens)
+                progress[f"{split}_words"] += sum(piece.words for piece in batch.pieces)
+                progress[f"{split}_bytes"] += sum(len(piece.text) for piece in batch.pieces)
+                if count >= config.shard_tokens or batch.is_last:
                     break
-                batch, encoded = next(results)
+                batch, tokens = next(results)
             file.seek(0)
-            file.write(shard_header(tokens))
-        shards[split][name] = [tokens, checksum]
-        write_json(out_dir / "progress.json", progress | {"cursor": batch.end})
+            file.write(shard_header(count))
+        shards[split][name] = [count, checksum]
+        progress["cursor"] = batch.end
+        write_json(out_dir / "progress.json", progress)
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -305,23 +296,24 @@ def write_json(path: Path, data: dict) -> None:
         json.dump(data, file, indent=1)
 
 
-def show_progress(results: Iterator[tuple[Batch, Encoded]], source: Source, counts: dict) -> Iterator:
-    """The same, with a progress bar, which at the end says how fast it was."""
+def show_progress(results: Results, source: Source, progress: dict) -> Results:
+    """The same, with a progress bar, and at the end a line that says how fast it was."""
     from tqdm import tqdm
 
     start, size = time.perf_counter(), 0
-    before = {what: counts[f"train_{what}"] + counts[f"val_{what}"] for what in ("tokens", "bytes")}
+    size_before = progress["train_bytes"] + progress["val_bytes"]
+    tokens_before = progress["train_tokens"] + progress["val_tokens"]
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-    with tqdm(unit="tok", unit_scale=True, initial=before["tokens"], mininterval=interval, delay=1) as bar:
-        for batch, encoded in results:
-            size += encoded.bytes
-            tokens, done = bar.n + len(encoded.tokens), batch.end.documents + batch.end.piece  # about so many documents
-            if source.size and size:
-                bar.total = tokens * source.size // (before["bytes"] + size)
-            elif source.documents:
-                bar.total = max(tokens, tokens * source.documents // done)
-            bar.update(len(encoded.tokens))
-            yield batch, encoded
+    with tqdm(unit="tok", unit_scale=True, initial=tokens_before, mininterval=interval, delay=1) as bar:
+        for batch, tokens in results:
+            size += sum(len(piece.text) for piece in batch.pieces)
+            if source.size:
+                bar.total = (bar.n + len(tokens)) * source.size // max(1, size_before + size)
+            elif source.documents:  # a long one has several pieces
+                documents = batch.end.documents + batch.end.piece
+                bar.total = (bar.n + len(tokens)) * max(source.documents, documents) // documents
+            bar.update(len(tokens))
+            yield batch, tokens
     seconds = time.perf_counter() - start
     print(f"{size / 1e6:,.1f} MB of text in {seconds:,.1f} s, {size / 1e6 / seconds:,.1f} MB/s")
 
@@ -354,67 +346,49 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
 
     Raises UserError where something else made what is there.
     """
-    shards = sorted(path.name for path in out_dir.glob("*.bin"))
-    path = next((path for path in (out_dir / "meta.json", out_dir / "progress.json") if path.exists()), None)
-    done = path is not None and path.name == "meta.json"
-    if path is None and shards:
-        raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
+    shards, done = sorted(path.name for path in out_dir.glob("*.bin")), (out_dir / "meta.json").exists()
+    path = out_dir / ("meta.json" if done else "progress.json")
     if not shards and not done:
         return None, False  # an earlier run made no shard, so nothing is lost
+    if not path.exists():
+        raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
-        counts = progress if done else progress["counts"]
-        numbers = [counts[name] for name in COUNTS]
-        if not done:
-            made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
-            numbers += [n for names in made.values() for tokens, checksum in names.values() for n in (tokens, checksum)]
-            if any(made.values()):  # else it is that of a fresh start
-                numbers += Cursor._make(progress["cursor"])
-        if any(type(number) is not int or number < 0 for number in numbers):
+        made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
+        numbers = [progress[name] for name in COUNTS] + ([] if done else list(Cursor._make(progress["cursor"])))
+        numbers += [
+            number for names in made.values() for tokens, checksum in names.values() for number in (tokens, checksum)
+        ]
+        sums = [sum(tokens for tokens, _ in made[split].values()) - progress[f"{split}_tokens"] for split in made]
+        if any(type(number) is not int or number < 0 for number in numbers) or any(sums):
             raise ValueError
         check_same(out_dir, dict(progress["settings"]), settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         advice = f"choose another --out_dir, or delete {out_dir}"
         raise UserError(f"{path} is damaged, or made by another or an older program: {advice}") from None
-    if done and not is_whole(out_dir, counts):
-        print(f"{out_dir} has a meta.json, but shards are gone or cut: all are made again")
-        return None, False
-    if not done:
-        check_made(out_dir, made, counts)
+    for name, (tokens, _) in (made["train"] | made["val"]).items():
+        if not is_whole(out_dir / name, tokens):
+            if not done:
+                raise UserError(f"{out_dir / name} is gone or cut; delete {out_dir} to start again")
+            print(f"{out_dir} has a meta.json, but {name} is gone or cut: all shards are made again")
+            return None, False
     return progress, done
 
 
-def is_whole(out_dir: Path, counts: dict) -> bool:
-    """Whether the shards there hold as many tokens of each split as `counts` says."""
+def is_whole(path: Path, tokens: int) -> bool:
     try:
-        return all(
-            sum(map(shard_tokens, find_shards(out_dir, split))) == counts[f"{split}_tokens"]
-            for split in ("train", "val")
-        )
-    except UserError:  # one is cut
+        return shard_tokens(path) == tokens
+    except UserError:
         return False
 
 
-def check_made(out_dir: Path, made: dict[str, dict], counts: dict) -> None:
-    """Raises UserError where the shards that an earlier run made, {split: {name: [tokens, crc32]}}, are not there."""
-    for split, names in made.items():
-        for name, (tokens, _) in names.items():
-            path = out_dir / name
-            if not path.exists() or shard_tokens(path) != tokens:
-                what = "is not as it was made" if path.exists() else "is gone"
-                raise UserError(f"{path} {what}; delete {out_dir} to start again")
-        if sum(tokens for tokens, _ in names.values()) != counts[f"{split}_tokens"]:
-            raise UserError(f"{out_dir / 'progress.json'} is damaged; delete {out_dir} to start again")
-
-
 def check_same(out_dir: Path, old: dict, new: dict) -> None:
+    """Raises UserError where settings differ."""
     for name, value in new.items():
         if old.get(name) != value:
-            what = (
-                "other source files (name, size or modification time)"
-                if name == "source"
-                else f"{name}={old.get(name)}, not {value}"
-            )
+            what = f"{name}={old.get(name)}, not {value}"
+            if name == "source":
+                what = "other source files (name, size or modification time)"
             raise UserError(f"{out_dir} holds shards made with {what}: choose another --out_dir, or delete this one")
 
 
@@ -429,8 +403,8 @@ def prepare(config: DataConfig) -> None:
         progress, done = read_progress(out_dir, settings)
         if not done:
             progress = make_shards(config, out_dir, tokenizer, settings, progress)
-    counts = progress if done else progress["counts"]
-    print(f"{out_dir}{' is complete' * done}: {counts['train_tokens']:,} train and {counts['val_tokens']:,} val tokens")
+    tokens = f"{progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
+    print(f"{out_dir}{' is complete' * done}: {tokens}")
     print(f"next: python train_gpt2.py --data_dir={out_dir}")
 
 
@@ -441,26 +415,33 @@ def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dic
         raise UserError(f"the tokenizer has {enc.n_vocab:,} ids, but shards of uint16 hold 65,536")
     source = open_source(config, out_dir)
     settings["source"] = source.fingerprint
-    if progress:
-        check_same(out_dir, progress["settings"], settings)
-    else:
-        progress = {"settings": settings, "shards": {"train": {}, "val": {}}, "counts": dict.fromkeys(COUNTS, 0)}
+    is_fresh = progress is None
+    progress = progress or fresh_progress(settings)
+    check_same(out_dir, progress["settings"], settings)
     progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
-    cut = find_cut(source, config.val_fraction)
-    size = min(BATCH, config.shard_tokens)  # small shards want small batches
-    batches = make_batches(source, Cursor(*progress.get("cursor", ())), cut, size, config.detokenize == "wikitext")
+    cut, size = find_cut(source, config.val_fraction), min(BATCH, config.shard_tokens)  # small shards, small batches
+    batches = make_batches(source, Cursor(*progress["cursor"]), cut, size, config.detokenize == "wikitext")
     with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
         first = next(batches, None)
-        if first is None and "cursor" not in progress:
+        if first is None and is_fresh:
             raise UserError(f"{config.dataset or config.files or config.url}: no documents there")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         begin_writing(out_dir, progress)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         encoder = BatchEncoder(enc, config.num_proc or cores)
         results = encode_all(chain([first] if first else [], batches), encoder, thread)
-        write_shards(show_progress(results, source, progress["counts"]), out_dir, config, progress)
-    check_splits(out_dir, config, progress)
+        write_shards(show_progress(results, source, progress), out_dir, config, progress)
+    for split, other in (("train", "val"), ("val", "train")):
+        if not progress[f"{split}_tokens"]:
+            begin_writing(out_dir, fresh_progress(settings))  # other settings may use the folder
+            advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
+            tokens = progress[f"{other}_tokens"]
+            raise UserError(f"no text is left for {split}: all {tokens:,} tokens are {other}{advice}")
     write_meta(out_dir, tokenizer, enc.n_vocab, progress)
     return progress
+
+
+def fresh_progress(settings: dict) -> dict:
+    return {"settings": settings, "shards": {"train": {}, "val": {}}, **dict.fromkeys(COUNTS, 0), "cursor": Cursor()}
 
 
 def begin_writing(out_dir: Path, progress: dict) -> None:
@@ -474,23 +455,12 @@ def begin_writing(out_dir: Path, progress: dict) -> None:
                 path.unlink()
 
 
-def check_splits(out_dir: Path, config: DataConfig, progress: dict) -> None:
-    """Raises UserError if a split is empty, and removes the shards: other settings may use the folder."""
-    counts = progress["counts"]
-    for split, other in (("train", "val"), ("val", "train")):
-        if not counts[f"{split}_tokens"]:
-            begin_writing(out_dir, progress | {"shards": {"train": {}, "val": {}}})
-            advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
-            tokens = counts[f"{other}_tokens"]
-            raise UserError(f"no text is left for {split}: all {tokens:,} tokens are {other}{advice}")
-
-
 def write_meta(out_dir: Path, tokenizer: str, vocab_size: int, progress: dict) -> None:
     if tokenizer.startswith("{"):
         (out_dir / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         tokenizer = "tokenizer.json"  # in data_dir, which may be moved
-    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, **progress["counts"]}
-    meta |= {name: progress[name] for name in ("settings", "shards")}  # {split: {shard's name: [tokens, crc32]}}
+    kept = [*COUNTS, "settings", "shards"]  # shards: {split: {name: [tokens, crc32]}}
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size} | {name: progress[name] for name in kept}
     write_json(out_dir / "meta.json", meta)
     (out_dir / "progress.json").unlink()
 

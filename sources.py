@@ -173,18 +173,14 @@ def read_parquet(path: str, column: str) -> Texts:
 
 def read_tables(tables: Iterator, where: str, column: str) -> Texts:
     """Rows of Arrow tables; no text (null) is an empty one."""
-    while True:
-        try:
-            table = next(tables, None)
-            if table is None:
-                return
+    try:
+        for table in tables:
             check_column(where, column, table.schema)
-            texts = table.column(column).to_pylist()
-        except UserError:
-            raise
-        except Exception as error:  # of many types: network, broken file, text that is not UTF-8
-            raise UserError(f"{where}: {one_line(error)}; when that is mended, run the same command to go on") from None
-        yield from ((text or "", True) for text in texts)
+            yield from ((text or "", True) for text in table.column(column).to_pylist())
+    except UserError:
+        raise
+    except Exception as error:  # of many types: network, broken file, text that is not UTF-8
+        raise UserError(f"{where}: {one_line(error)}; when that is mended, run the same command to go on") from None
 
 
 def check_column(where: str, column: str, schema: Any) -> None:
