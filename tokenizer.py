@@ -112,26 +112,30 @@ class BatchEncoder:
     and split by the class of each character (letter, number, white space, other). A test compares the classes of all
     1,112,064 characters; they differ only in NEW_CHARACTERS, and a text with one of these is tiktoken's. gigatoken is
     young, so in every batch both encode a sample too: if their ids differ, the whole batch is tiktoken's, and a line
-    says so. Where gigatoken is missing, has another version than was compared, or does not know the pattern, tiktoken
-    does all the work.
+    says so. Where gigatoken is missing, has another version than was compared, or cannot hold the vocabulary, tiktoken
+    does all the work, and a line says so.
     """
 
     def __init__(self, enc: tiktoken.Encoding, num_threads: int) -> None:
-        self.enc, self.num_threads, self.room, self.gigatoken = enc, num_threads, 0, None
+        os.environ.setdefault("RAYON_NUM_THREADS", str(num_threads))  # gigatoken's threads, which live on
+        self.enc, self.num_threads, self.room, self.gigatoken = enc, num_threads, FORGET, None
         self.tokens = sorted(enc._mergeable_ranks, key=enc._mergeable_ranks.get)
         self.ids = np.array([enc._mergeable_ranks[token] for token in self.tokens], dtype=np.uint16)
+        if enc._pat_str != GPT2_PATTERN:
+            return
         found = {name: importlib.metadata.version(name) for name in COMPARED if importlib.util.find_spec(name)}
-        self.is_fast = enc._pat_str == GPT2_PATTERN and found == COMPARED
-        if enc._pat_str == GPT2_PATTERN and found != COMPARED:
+        if found == COMPARED:
+            self.gigatoken = load_gigatoken(self.tokens)
+        if not self.gigatoken:
             wanted = " ".join(f"{name}=={version}" for name, version in COMPARED.items())
-            print(f"tiktoken encodes alone, which is slow; with `pip install {wanted}` it is not", file=sys.stderr)
-        os.environ.setdefault("RAYON_NUM_THREADS", str(num_threads))  # gigatoken's threads, which live on
+            why = "cannot hold this vocabulary" if found == COMPARED else f"is missing: pip install {wanted}"
+            print(f"tiktoken encodes alone, which is slower: gigatoken {why}", file=sys.stderr)
 
     def __call__(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """texts (UTF-8) -> ids of all texts, one behind the other, uint16; how many each has, (len(texts),)"""
         if self.enc.name == "bytes":
             return np.frombuffer(b"".join(texts), np.uint8).astype(np.uint16), np.array([len(text) for text in texts])
-        if not self.is_fast or has_new_characters(texts):
+        if not self.gigatoken or has_new_characters(texts):
             return self.encode_by_tiktoken(texts)
         return self.encode_by_gigatoken(texts)
 
@@ -158,13 +162,19 @@ class BatchEncoder:
 
 
 def load_gigatoken(tokens: list[bytes]) -> Any:
-    """gigatoken's tokenizer with these tokens as its ids 0, 1, ..., and no special ones."""
+    """gigatoken's tokenizer with these tokens as its ids 0, 1, ..., and no special ones. None if it refuses them, as it
+    does those that do not come behind their parts."""
     from gigatoken.gigatoken_rs import BPETokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "ranks.tiktoken")
         path.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
-        return BPETokenizer.from_tiktoken(path, "gpt2")
+        try:
+            return BPETokenizer.from_tiktoken(path, "gpt2")
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, which is no Exception and no name to import
+                raise
+            return None
 
 
 def has_new_characters(texts: list[bytes]) -> bool:

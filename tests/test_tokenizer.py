@@ -188,6 +188,16 @@ def test_tiktoken_alone(monkeypatch, capsys, found):
     assert capsys.readouterr().err == ""
 
 
+def test_a_vocabulary_that_gigatoken_refuses_is_tiktokens(hf, capfd):
+    """The bytes come behind what they are merged to."""
+    data = json.loads(hf.to_str())
+    tokens = sorted(data["model"]["vocab"], key=lambda token: (len(token) == 1, data["model"]["vocab"][token]))
+    data["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT]
+    check_batch(get_tokenizer(json.dumps(data)), [*TEXTS, *random_texts(0, 100)])
+    assert "gigatoken cannot hold this vocabulary" in capfd.readouterr().err
+
+
 def test_token_bytes():
     enc = get_tokenizer("gpt2")
     lengths = token_bytes(enc)
