@@ -147,7 +147,7 @@ def find_cut(source: Source, val_fraction: float | None) -> Cut:
 
 
 def split_texts(split: str, read: Reader, document: int, cut: Cut) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, whether it begins a document) of a part that begins with this document; behind the cut is "val"."""
+    """(split, text, whether it begins a document) of a part whose first document is number `document`."""
     document, character = document - 1, 0
     for text, begins in read():
         if begins:
@@ -222,8 +222,8 @@ def make_batches(source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext
     documents, done = begin.documents, begin.piece
     for number, (part_split, read) in list(enumerate(source.parts))[begin.part :]:
         before = documents
-        cut_texts = cut_pieces(split_texts(part_split, read, before, cut), is_wikitext)
-        for count, (split, piece) in enumerate(cut_texts, 1):
+        found = cut_pieces(split_texts(part_split, read, before, cut), is_wikitext)
+        for count, (split, piece) in enumerate(found, 1):
             documents += piece.first
             if count <= done:
                 continue  # it is in a shard of a killed preparation

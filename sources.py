@@ -201,18 +201,13 @@ def check_column(where: str, column: str, schema: Any) -> None:
 # Hugging Face data sets
 
 
-def import_datasets() -> Any:
+def open_dataset(config: Any) -> Source:
     os.environ.setdefault("USE_TORCH", "0")  # datasets would import torch, which takes longer than all else here
     import datasets
     import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a mistake is one line, which is ours
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-    return datasets
-
-
-def open_dataset(config: Any) -> Source:
-    datasets = import_datasets()
     where = f"--dataset={config.dataset}" + (f" {config.subset}" if config.subset else "")
     parts = []
     try:
