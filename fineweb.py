@@ -4,10 +4,10 @@
     python fineweb.py config/data/shakespeare.py
     python fineweb.py --files='notes/**/*.txt' --val_fraction=0.1 --out_dir=data/notes
 
-Texts come from sources.py, are cut into pieces (make_pieces) and in batches of about a million characters sent to
-worker processes (encode); their tokens come back in order and go into shards (ShardWriter). Each batch knows where in
-the source it begins, so after any kind of death the same command goes on behind the last whole shard and ends with the
-same bytes.
+parts (a file each, sources.py) -> pieces of documents -> batches, encoded on all cores (tokenizer.py) -> shards.
+A shard is a number of whole batches, and a batch ends behind a known piece of a known part. So after any kind of death
+the same command goes on behind the last whole shard: it opens that part, reads up to that piece without encoding, and
+ends with the same bytes.
 """
 
 import signal
@@ -16,22 +16,18 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
 import sys
-import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import chain
@@ -39,19 +35,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tiktoken
 
 from configurator import PathStr, UserError, cli, configure
 from files import lock_folder, remove_partial, whole_file
 from shards import find_shards, shard_header, shard_tokens
-from sources import Source, import_datasets, open_source, read_texts
-from tokenizer import fast_encoder, get_tokenizer, token_bytes, tokenizer_content
-from wikitext import detokenize
+from sources import Reader, Source, open_source
+from tokenizer import BatchEncoder, get_tokenizer, tokenizer_content
+from wikitext import add_spaces, detokenize
 
-BATCH = 1_000_000  # characters sent to a worker at a time
-COUNTS = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # in meta.json
-PIECE = 250_000  # characters encoded at a time, at most three times as many; tiktoken's regex fails on 1,000,000 spaces
+PIECE = 250_000  # characters of a long document encoded at a time; tiktoken's regex fails on 1,000,000 spaces
 WIKITEXT_PIECE = 16_000_000  # detokenized at a time: in published numbers a whole file is, and this holds val and test
+BATCH = 4_000_000  # bytes encoded at a time
+COUNTS = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # in meta.json
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class DataConfig:
     url: str | None = None  # or a text file to download, one document
     tokenizer: PathStr = "gpt2"  # gpt2, bytes, another name of tiktoken's, or the path of a tokenizer.json
     out_dir: PathStr | None = None  # where the shards go; data/fineweb_edu10B for the default data set
-    shard_tokens: int = 100_000_000  # tokens in a shard; the last of a split has what is left
-    num_proc: int | None = None  # worker processes; None is all cores
+    shard_tokens: int = 100_000_000  # tokens in a shard, and at most a batch more; the last of a split has what is left
+    num_proc: int | None = None  # threads; None is all cores
     join: bool = False  # all rows are one document, a row a line (WikiText)
     detokenize: Literal["wikitext"] | None = None  # tokens are of the text without WikiText's spaces, words of it as is
     val_split: str | None = None  # validation: the data set's own split of this name,
@@ -93,7 +88,7 @@ class DataConfig:
             raise ValueError(f"{'subset' if self.subset else 'split'} belongs to a data set, not to files or url")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        for name, end in (("shard_tokens", 2**31), ("num_proc", 2**10), ("val_shards", 2**31)):
+        for name, end in (("shard_tokens", 2**30), ("num_proc", 2**10), ("val_shards", 2**31)):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < end:
                 raise ValueError(f"{name} must be at least 1 and below {end}, not {getattr(self, name)}")
         if not sources:
@@ -105,48 +100,66 @@ class DataConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents to pieces to batches
-
-
-class Cursor(NamedTuple):
-    """Where a piece begins: enough to go on from there."""
-
-    part: int = 0  # of the source
-    file: int = 0  # in the part
-    place: int = 0  # of the text in the file
-    offset: int = 0  # characters into the text
-    document: int = 0  # number in the part
-    char: int = 0  # characters into the document
+# Parts to pieces to batches
 
 
 class Piece(NamedTuple):
-    text: str
-    new: bool  # starts a document
-    last: bool  # ends one
+    text: bytes  # UTF-8
+    first: bool  # of its document
+    words: int
+
+
+class Cursor(NamedTuple):
+    """What has been read."""
+
+    part: int = 0  # of the source, the one being read
+    piece: int = 0  # pieces of it
+    documents: int = 0  # in the parts before it
 
 
 class Batch(NamedTuple):
-    cursor: Cursor  # of its first piece
     split: str
     pieces: list[Piece]
+    end: Cursor  # behind its last piece
+    is_last: bool  # of its split
 
 
-Cut = tuple[float, int]  # (document, character): where in a part validation begins
+Results = Iterator[tuple[Batch, np.ndarray]]  # with its tokens
+Cut = tuple[float, int]  # (document, character): where in the source validation begins
 NEVER = (math.inf, 0)
 
 
-def find_cut(source: Source, join: bool, val_fraction: float) -> Cut:
+def find_cut(source: Source, val_fraction: float | None) -> Cut:
     """Validation is the last of the documents; of a single one, its last characters."""
+    if not val_fraction:
+        return NEVER
     rest = 1 - Fraction(str(val_fraction))  # exact: the float 1 - 0.1 is a little off
     documents = source.documents
     if documents is None or documents == 1:
         documents = characters = 0
-        for _, text, begins in read_texts(source.parts[0][1], join):
-            documents += begins or documents == 0
-            characters += len(text)
+        for _, read in source.parts:
+            for text, begins in read():
+                documents += begins
+                characters += len(text)
         if documents == 1:
             return 0, int(characters * rest)
     return int(documents * rest), 0
+
+
+def split_texts(split: str, read: Reader, document: int, cut: Cut) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, whether it begins a document) of a part whose first document is number `document`."""
+    document, character = document - 1, 0
+    for text, begins in read():
+        if begins:
+            document, character = document + 1, 0
+        before = cut[1] - character if document == cut[0] else 0
+        if 0 < before < len(text):
+            yield split, text[:before], begins
+            yield "val", text[before:], True
+        else:
+            at = (document, character)
+            yield "val" if at >= cut else split, text, begins or at == cut
+        character += len(text)
 
 
 # Between these two characters every pre-tokenizer splits, so that the tokens of a document cut there are those of the
@@ -163,153 +176,88 @@ def safe_place(text: str) -> int:
     return 0
 
 
-def make_slices(texts: Iterator[tuple], begin: Cursor, cut: Cut) -> Iterator[tuple[Cursor, str]]:
-    """Texts in slices of at most PIECE characters. Where they end depends on nothing before the cursor."""
-    (offset, document, char), is_first = begin[3:], True
-    for (file, place), text, begins in texts:
-        if begins and not is_first:
-            document, char = document + 1, 0
-        is_first = False
-        while True:
-            end = min(len(text), offset - offset % PIECE + PIECE)
-            if document == cut[0] and char < cut[1]:
-                end = min(end, offset + cut[1] - char)
-            yield Cursor(begin.part, file, place, offset, document, char), text[offset:end]
-            offset, char = end, char + end - offset
-            if offset == len(text):
-                break
-        offset = 0
+def cut_pieces(texts: Iterator[tuple[str, str, bool]], is_wikitext: bool) -> Iterator[tuple[str, Piece]]:
+    """Pieces with their split: a document, or of a long one about `PIECE` characters, at most three times as many."""
+    least = WIKITEXT_PIECE if is_wikitext else PIECE
+    held, first, split = "", True, None
+    for new_split, text, begins in texts:
+        if begins and split:
+            yield split, make_piece(held, first, True, is_wikitext)
+            held, first = "", True
+        split = new_split
+        for start in range(0, len(text), least):
+            held += text[start : start + least]
+            if len(held) < least:
+                continue
+            place = safe_place(held) or (len(held) if len(held) >= 2 * least else 0)  # at worst one token differs there
+            if place:
+                yield split, make_piece(held[:place], first, False, is_wikitext)
+                held, first = held[place:], False
+    if split:
+        yield split, make_piece(held, first, True, is_wikitext)
 
 
-def make_pieces(slices: Iterator[tuple[Cursor, str]], cut: Cut, least: int) -> Iterator[tuple[Cursor, Piece]]:
-    """Slices joined to pieces that end with the document, or at a safe place behind about `least` characters.
-
-    The safe place is always in the newest slice, so that the cursor of what follows is known.
-    """
-    held, size, begin, new = [], 0, Cursor(), True
-    for cursor, text in slices:
-        starts = cursor.char == 0 or (cursor.document, cursor.char) == cut
-        if starts and held:
-            yield begin, Piece("".join(held), new, True)
-            held = []
-        if not held:
-            begin, new, size = cursor, starts, 0
-        held.append(text)
-        size += len(text)
-        if size < least:
-            continue
-        place = safe_place(text) or (len(text) if size >= 2 * least else 0)  # at worst one token differs there
-        if place:
-            rest = text[place:]
-            yield begin, Piece("".join(held)[: size - len(rest)], new, False)
-            held, size, new = [rest] if rest else [], len(rest), False
-            begin = cursor._replace(offset=cursor.offset + place, char=cursor.char + place)
-    if held:
-        yield begin, Piece("".join(held), new, True)
+def make_piece(text: str, first: bool, last: bool, is_wikitext: bool) -> Piece:
+    """A document's words are len(text.strip().split(" ")), spread over its pieces."""
+    if is_wikitext:
+        text = add_spaces(text)
+    data = to_utf8(text)
+    rest = text.lstrip() if first else text
+    kept = rest.rstrip() if last else rest
+    outside = text[: len(text) - len(rest)] + rest[len(kept) :]
+    words = first + int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord(" "))) - outside.count(" ")
+    return Piece(to_utf8(detokenize(text)) if is_wikitext else data, first, words)
 
 
-def make_batches(source: Source, join: bool, begin: Cursor, cut: Cut, least: int) -> Iterator[Batch]:
-    """The whole source from a cursor on, in batches of about BATCH characters, each of one split."""
-    batch, size = None, 0
-    for part, (split, readers) in list(enumerate(source.parts))[begin.part :]:
-        here = begin if part == begin.part else Cursor(part)
-        slices = make_slices(read_texts(readers, join, here.file, here.place), here, cut)
-        for cursor, piece in make_pieces(slices, cut, least):
-            name = "val" if (cursor.document, cursor.char) >= cut else split
-            if batch and (size >= BATCH or batch.split != name):
-                yield batch
-                batch = None
-            if batch is None:
-                batch, size = Batch(cursor, name, []), 0
-            batch.pieces.append(piece)
-            size += len(piece.text)
-    if batch:
-        yield batch
+def to_utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def make_batches(source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext: bool) -> Iterator[Batch]:
+    """Batches of about `size` bytes, each of one split, of all that lies behind a cursor."""
+    pieces, room, batch_split, end = [], size, None, begin
+    documents, done = begin.documents, begin.piece
+    for number, (part_split, read) in list(enumerate(source.parts))[begin.part :]:
+        before = documents
+        found = cut_pieces(split_texts(part_split, read, before, cut), is_wikitext)
+        for count, (split, piece) in enumerate(found, 1):
+            documents += piece.first
+            if count <= done:
+                continue  # it is in a shard of a killed preparation
+            if pieces and (room <= 0 or split != batch_split):
+                yield Batch(batch_split, pieces, end, split != batch_split)
+                pieces, room = [], size
+            pieces.append(piece)
+            room -= len(piece.text)
+            batch_split, end = split, Cursor(number, count, before)
+        done = 0
+    if pieces:
+        yield Batch(batch_split, pieces, end, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches to tokens, in worker processes, which alone load the tokenizer
+# Batches to tokens
 
 
-class Encoded(NamedTuple):
-    tokens: np.ndarray  # uint16, of all pieces
-    starts: np.ndarray  # where in them each piece begins
-    words: np.ndarray  # of each piece
-    bytes: int  # of all pieces, in UTF-8
+def encode(pieces: list[Piece], encoder: BatchEncoder) -> np.ndarray:
+    """Token ids, uint16. Every document begins with <|endoftext|>; the same characters in a text are ordinary text."""
+    ids, counts = encoder([piece.text for piece in pieces])
+    starts = (np.cumsum(counts) - counts)[[piece.first for piece in pieces]]
+    return np.insert(ids, starts, encoder.enc.eot_token)
 
 
-def start_workers(num_proc: int, tokenizer: str, is_wikitext: bool, lock: int | None) -> ProcessPoolExecutor:
-    """Worker processes, started first of all because a fork wants no threads, and datasets has some."""
-    forked = sys.platform == "linux"
-    context = multiprocessing.get_context("fork" if forked else "spawn")
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business; workers inherit it
-    pool = ProcessPoolExecutor(num_proc, context, start_worker, (tokenizer, is_wikitext, lock if forked else None))
-    pool.submit(int)  # without work there are no processes
-    signal.signal(signal.SIGINT, handler)
-    return pool
-
-
-def start_worker(tokenizer: str, is_wikitext: bool, lock: int | None) -> None:
-    global _tokenizer, _is_wikitext
-    if lock is not None:
-        os.close(lock)  # the main process's alone, or the folder would stay locked for a moment after its death
-    _tokenizer, _is_wikitext = tokenizer, is_wikitext
-    load_tokenizer.cache_clear()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, for what was spawned
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent says nothing
-
-
-@functools.cache
-def load_tokenizer() -> tuple[tiktoken.Encoding, Callable[[str], np.ndarray], np.ndarray]:
-    enc = get_tokenizer(_tokenizer)
-    return enc, fast_encoder(enc), np.array([enc.eot_token], dtype=np.uint32)
-
-
-def describe_tokenizer() -> tuple[str, int, np.ndarray]:
-    """What the main process must know: name, size, and the length in bytes of every id."""
-    enc, *_ = load_tokenizer()
-    if enc.n_vocab > 2**16:
-        raise UserError(f"the tokenizer has {enc.n_vocab:,} ids, but shards of uint16 hold 65,536")
-    return enc.name, enc.n_vocab, token_bytes(enc)
-
-
-def encode(pieces: list[Piece]) -> Encoded:
-    """Tokens of a batch; every document begins with <|endoftext|>, and <|endoftext|> in a text is ordinary text.
-
-    The words of a document are len(text.strip().split(" ")), spread over its pieces; bytes are those of the tokens.
-    """
-    _, encode_text, end_of_text = load_tokenizer()
-    parts, starts, words, count, size = [], [], [], 0, 0
-    for text, new, last in pieces:
-        starts.append(count)
-        if _is_wikitext:
-            text = re.sub(r"\n(?=\n)", "\n ", text)  # its empty lines are a space, which Hugging Face's rows have lost
-        stripped = text.lstrip() if new else text
-        words.append((stripped.rstrip() if last else stripped).count(" ") + new)
-        if _is_wikitext:
-            text = detokenize(text)
-        try:
-            size += len(text.encode())
-        except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            size += len(text.encode())
-        ids = encode_text(text)
-        parts += [end_of_text, ids] if new else [ids]
-        count += new + len(ids)
-    tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # no id is above 65,535
-    return Encoded(tokens, np.array(starts), np.array(words), size)
-
-
-def encode_all(pool: ProcessPoolExecutor, batches: Iterator[Batch], waiting: int) -> Iterator[tuple[Batch, Encoded]]:
-    """All batches with their tokens, in order; at most `waiting` are in memory."""
-    queue: deque = deque()
+def encode_all(batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPoolExecutor) -> Results:
+    """All batches with their tokens, in order; while one is encoded, the next are read."""
+    waiting: deque = deque()
     for batch in batches:
-        queue.append((batch, pool.submit(encode, batch.pieces)))
-        if len(queue) == waiting:
-            batch, future = queue.popleft()
+        waiting.append((batch, thread.submit(encode, batch.pieces, encoder)))
+        if len(waiting) == 3:
+            batch, future = waiting.popleft()
             yield batch, future.result()
-    for batch, future in queue:
+    for batch, future in waiting:
         yield batch, future.result()
 
 
@@ -317,60 +265,57 @@ def encode_all(pool: ProcessPoolExecutor, batches: Iterator[Batch], waiting: int
 # Tokens to shards
 
 
+def write_shards(results: Results, out_dir: Path, config: DataConfig, progress: dict) -> None:
+    """Whole batches into whole shards; after each, progress.json says how far the source has been read."""
+    shards, val_shards = progress["shards"], config.val_shards or 0
+    for batch, tokens in results:
+        split = "val" if len(shards["train"]) + len(shards["val"]) < val_shards else batch.split
+        number = len(shards[split]) + (val_shards or 1 if split == "train" else 0)
+        name = f"{out_dir.resolve().name}_{split}_{number:06d}.bin"
+        with whole_file(out_dir / name) as file:
+            file.write(shard_header(0))
+            count = checksum = 0
+            while True:
+                file.write(tokens)
+                count, checksum = count + len(tokens), zlib.crc32(tokens, checksum)
+                progress[f"{split}_tokens"] += len(tokens)
+                progress[f"{split}_words"] += sum(piece.words for piece in batch.pieces)
+                progress[f"{split}_bytes"] += sum(len(piece.text) for piece in batch.pieces)
+                if count >= config.shard_tokens or batch.is_last:
+                    break
+                batch, tokens = next(results)
+            file.seek(0)
+            file.write(shard_header(count))
+        shards[split][name] = [count, checksum]
+        progress["cursor"] = batch.end
+        write_json(out_dir / "progress.json", progress)
+
+
 def write_json(path: Path, data: dict) -> None:
     with whole_file(path, "w") as file:
         json.dump(data, file, indent=1)
 
 
-class ShardWriter:
-    """Writes tokens into shards. A shard appears whole or not at all, and after each the progress is saved."""
+def show_progress(results: Results, source: Source, progress: dict) -> Results:
+    """The same, with a progress bar, and at the end a line that says how fast it was."""
+    from tqdm import tqdm
 
-    def __init__(self, out_dir: Path, config: DataConfig, progress: dict, lengths: np.ndarray) -> None:
-        self.out_dir, self.config, self.progress, self.lengths = out_dir, config, progress, lengths
-        self.file, self.split, self.count, self.checksum = None, "", 0, 0
-
-    def write(self, batch: Batch, encoded: Encoded, done: int) -> None:
-        """Write a batch from its token `done` on."""
-        tokens, starts, words, size = encoded
-        shards, counts, val_shards = self.progress["shards"], self.progress["counts"], self.config.val_shards
-        if self.file and not val_shards and self.split != batch.split:
-            self.finish(batch.cursor, 0)
-        while done < len(tokens):
-            if not self.file:
-                in_val = val_shards and len(shards["train"]) + len(shards["val"]) < val_shards
-                self.start("val" if in_val else batch.split)
-            end = min(len(tokens), done + self.config.shard_tokens - self.count)
-            self.file.write(tokens[done:end])
-            self.checksum = zlib.crc32(tokens[done:end], self.checksum)
-            counts[f"{self.split}_tokens"] += end - done
-            counts[f"{self.split}_words"] += int(words[(starts >= done) & (starts < end)].sum())
-            whole = end - done == len(tokens)
-            counts[f"{self.split}_bytes"] += size if whole else int(self.lengths[tokens[done:end]].sum())
-            self.count += end - done
-            done = end
-            if self.count == self.config.shard_tokens:
-                self.finish(batch.cursor, done)
-
-    def start(self, split: str) -> None:
-        number = len(self.progress["shards"][split])
-        if split == "train":
-            number += self.config.val_shards or 1
-        self.path = self.out_dir / f"{self.out_dir.resolve().name}_{split}_{number:06d}.bin"
-        self.split, self.count, self.checksum = split, 0, 0
-        self.file = open(f"{self.path}.tmp", "wb")  # noqa: SIM115, finish closes it
-        self.file.write(shard_header(0))
-
-    def finish(self, cursor: Cursor, skip: int) -> None:
-        """End the shard; what comes next is token `skip` of the batch at `cursor`."""
-        self.file.seek(0)
-        self.file.write(shard_header(self.count))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(f"{self.path}.tmp", self.path)
-        self.file = None
-        self.progress["shards"][self.split][self.path.name] = [self.count, self.checksum]
-        write_json(self.out_dir / "progress.json", self.progress | {"cursor": cursor, "skip": skip})
+    start, size = time.perf_counter(), 0
+    size_before = progress["train_bytes"] + progress["val_bytes"]
+    tokens_before = progress["train_tokens"] + progress["val_tokens"]
+    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
+    with tqdm(unit="tok", unit_scale=True, initial=tokens_before, mininterval=interval, delay=1) as bar:
+        for batch, tokens in results:
+            size += sum(len(piece.text) for piece in batch.pieces)
+            if source.size:
+                bar.total = (bar.n + len(tokens)) * source.size // max(1, size_before + size)
+            elif source.documents:  # a long one has several pieces
+                documents = batch.end.documents + batch.end.piece
+                bar.total = (bar.n + len(tokens)) * max(source.documents, documents) // documents
+            bar.update(len(tokens))
+            yield batch, tokens
+    seconds = time.perf_counter() - start
+    print(f"{size / 1e6:,.1f} MB of text in {seconds:,.1f} s, {size / 1e6 / seconds:,.1f} MB/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,22 +323,22 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[int | None]:
-    """A folder that only this process writes, made where there is none -> the handle of its lock.
+def own_folder(folder: Path) -> Iterator[None]:
+    """A folder that only this process writes. If it is new and stays empty, it is removed again.
 
-    A new one in which nothing was written is removed again. Raises UserError where another process writes it.
+    Raises UserError if another process writes it.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = lock_folder(folder)
+    lock = lock_folder(folder)
     try:
-        yield handle
+        yield
     finally:
         if is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
-        if handle is not None:
-            os.close(handle)
+        if lock is not None:
+            os.close(lock)
 
 
 def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
@@ -401,67 +346,49 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
 
     Raises UserError where something else made what is there.
     """
-    shards = sorted(path.name for path in out_dir.glob("*.bin"))
-    path = next((path for path in (out_dir / "meta.json", out_dir / "progress.json") if path.exists()), None)
-    done = path is not None and path.name == "meta.json"
-    if path is None and shards:
-        raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
+    shards, done = sorted(path.name for path in out_dir.glob("*.bin")), (out_dir / "meta.json").exists()
+    path = out_dir / ("meta.json" if done else "progress.json")
     if not shards and not done:
         return None, False  # an earlier run made no shard, so nothing is lost
+    if not path.exists():
+        raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
-        counts = progress if done else progress["counts"]
-        numbers = [counts[name] for name in COUNTS]
-        if not done:
-            made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
-            numbers += [n for names in made.values() for tokens, checksum in names.values() for n in (tokens, checksum)]
-            if any(made.values()):  # else it is that of a fresh start
-                numbers += [*Cursor._make(progress["cursor"]), progress["skip"]]  # all six
-        if any(type(number) is not int or number < 0 for number in numbers):
+        made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
+        numbers = [progress[name] for name in COUNTS] + ([] if done else list(Cursor._make(progress["cursor"])))
+        numbers += [
+            number for names in made.values() for tokens, checksum in names.values() for number in (tokens, checksum)
+        ]
+        sums = [sum(tokens for tokens, _ in made[split].values()) - progress[f"{split}_tokens"] for split in made]
+        if any(type(number) is not int or number < 0 for number in numbers) or any(sums):
             raise ValueError
         check_same(out_dir, dict(progress["settings"]), settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         advice = f"choose another --out_dir, or delete {out_dir}"
         raise UserError(f"{path} is damaged, or made by another or an older program: {advice}") from None
-    if done and not is_whole(out_dir, counts):
-        print(f"{out_dir} has a meta.json, but shards are gone or cut: all are made again")
-        return None, False
-    if not done:
-        check_made(out_dir, made, counts)
+    for name, (tokens, _) in (made["train"] | made["val"]).items():
+        if not is_whole(out_dir / name, tokens):
+            if not done:
+                raise UserError(f"{out_dir / name} is gone or cut; delete {out_dir} to start again")
+            print(f"{out_dir} has a meta.json, but {name} is gone or cut: all shards are made again")
+            return None, False
     return progress, done
 
 
-def is_whole(out_dir: Path, counts: dict) -> bool:
-    """Whether the shards there hold as many tokens of each split as `counts` says."""
+def is_whole(path: Path, tokens: int) -> bool:
     try:
-        return all(
-            sum(map(shard_tokens, find_shards(out_dir, split))) == counts[f"{split}_tokens"]
-            for split in ("train", "val")
-        )
-    except UserError:  # one is cut
+        return shard_tokens(path) == tokens
+    except UserError:
         return False
 
 
-def check_made(out_dir: Path, made: dict[str, dict], counts: dict) -> None:
-    """Raises UserError where the shards that an earlier run made, {split: {name: [tokens, crc32]}}, are not there."""
-    for split, names in made.items():
-        for name, (tokens, _) in names.items():
-            path = out_dir / name
-            if not path.exists() or shard_tokens(path) != tokens:
-                what = "is not as it was made" if path.exists() else "is gone"
-                raise UserError(f"{path} {what}; delete {out_dir} to start again")
-        if sum(tokens for tokens, _ in names.values()) != counts[f"{split}_tokens"]:
-            raise UserError(f"{out_dir / 'progress.json'} is damaged; delete {out_dir} to start again")
-
-
 def check_same(out_dir: Path, old: dict, new: dict) -> None:
+    """Raises UserError where settings differ."""
     for name, value in new.items():
         if old.get(name) != value:
-            what = (
-                "other source files (name, size or modification time)"
-                if name == "source"
-                else f"{name}={old.get(name)}, not {value}"
-            )
+            what = f"{name}={old.get(name)}, not {value}"
+            if name == "source":
+                what = "other source files (name, size or modification time)"
             raise UserError(f"{out_dir} holds shards made with {what}: choose another --out_dir, or delete this one")
 
 
@@ -472,47 +399,49 @@ def prepare(config: DataConfig) -> None:
     settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "num_proc")}
     if tokenizer.startswith("{"):  # the path may change, the content may not
         settings["tokenizer"] = f"json {hashlib.sha256(tokenizer.encode()).hexdigest()[:16]}"
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(own_folder(out_dir))
+    with own_folder(out_dir):
         progress, done = read_progress(out_dir, settings)
-        if done:
-            print(
-                f"{out_dir} is complete: {progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
-            )
-            return
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_proc = config.num_proc or cores
-        pool = start_workers(num_proc, tokenizer, config.detokenize == "wikitext", lock)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        # Nothing is written until the tokenizer is known and the source's first texts are read.
-        description = pool.submit(describe_tokenizer)
-        if config.dataset:
-            import_datasets()  # half a second, in which a worker loads the tokenizer
-        start = time.perf_counter()
-        name, vocab_size, lengths = description.result()
-        source = open_source(config, out_dir)
-        settings["source"] = source.fingerprint
-        if progress:
-            check_same(out_dir, progress["settings"], settings)
-        else:
-            progress = {"settings": settings, "shards": {"train": {}, "val": {}}, "counts": dict.fromkeys(COUNTS, 0)}
-        progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
-        cut = find_cut(source, config.join, config.val_fraction) if config.val_fraction else NEVER
-        least = WIKITEXT_PIECE if config.detokenize else PIECE
-        batches = make_batches(source, config.join, Cursor(*progress.get("cursor", ())), cut, least)
-        stack.enter_context(contextlib.closing(batches))  # now: at the interpreter's exit its readers would complain
-        first = next(batches, None)
-        if first is None and "cursor" not in progress:
-            raise UserError(f"{config.dataset or config.files or config.url}: no documents there")
-
-        begin_writing(out_dir, progress)
-        encoded = encode_all(pool, chain([first] if first else [], batches), 8 * num_proc)
-        write_all(encoded, ShardWriter(out_dir, config, progress, lengths), source, start)
-        write_meta(out_dir, tokenizer, vocab_size, progress)
-    counts = progress["counts"]
-    print(f"{out_dir}: {sum(map(len, progress['shards'].values()))} shards, ", end="")
-    print(f"{counts['train_tokens']:,} train and {counts['val_tokens']:,} val tokens of {name}")
+        if not done:
+            progress = make_shards(config, out_dir, tokenizer, settings, progress)
+    tokens = f"{progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
+    print(f"{out_dir}{' is complete' * done}: {tokens}")
     print(f"next: python train_gpt2.py --data_dir={out_dir}")
+
+
+def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dict, progress: dict | None) -> dict:
+    """The progress at the end. Before it writes, it knows the tokenizer and has read the source's first texts."""
+    enc = get_tokenizer(tokenizer)
+    if enc.n_vocab > 2**16:
+        raise UserError(f"the tokenizer has {enc.n_vocab:,} ids, but shards of uint16 hold 65,536")
+    source = open_source(config, out_dir)
+    settings["source"] = source.fingerprint
+    is_fresh = progress is None
+    progress = progress or fresh_progress(settings)
+    check_same(out_dir, progress["settings"], settings)
+    progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
+    cut, size = find_cut(source, config.val_fraction), min(BATCH, config.shard_tokens)  # small shards, small batches
+    batches = make_batches(source, Cursor(*progress["cursor"]), cut, size, config.detokenize == "wikitext")
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
+        first = next(batches, None)
+        if first is None and is_fresh:
+            raise UserError(f"{config.dataset or config.files or config.url}: no documents there")
+        begin_writing(out_dir, progress)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        encoder = BatchEncoder(enc, config.num_proc or cores)
+        results = encode_all(chain([first] if first else [], batches), encoder, thread)
+        write_shards(show_progress(results, source, progress), out_dir, config, progress)
+    for split, other in (("train", "val"), ("val", "train")):
+        if not progress[f"{split}_tokens"]:
+            begin_writing(out_dir, fresh_progress(settings))  # other settings may use the folder
+            advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
+            tokens = progress[f"{other}_tokens"]
+            raise UserError(f"no text is left for {split}: all {tokens:,} tokens are {other}{advice}")
+    write_meta(out_dir, tokenizer, enc.n_vocab, progress)
+    return progress
+
+
+def fresh_progress(settings: dict) -> dict:
+    return {"settings": settings, "shards": {"train": {}, "val": {}}, **dict.fromkeys(COUNTS, 0), "cursor": Cursor()}
 
 
 def begin_writing(out_dir: Path, progress: dict) -> None:
@@ -520,48 +449,18 @@ def begin_writing(out_dir: Path, progress: dict) -> None:
     remove_partial(out_dir)
     write_json(out_dir / "progress.json", progress)
     (out_dir / "meta.json").unlink(missing_ok=True)
-    stale = [p for split, made in progress["shards"].items() for p in find_shards(out_dir, split) if p.name not in made]
-    for path in (*out_dir.glob("*.tmp"), *stale):
-        path.unlink()
-
-
-def write_all(results: Iterator[tuple[Batch, Encoded]], writer: ShardWriter, source: Source, start: float) -> None:
-    """All batches into shards, with a progress bar, timed from `start` on. Raises UserError if a split stays empty."""
-    from tqdm import tqdm
-
-    counts, skip = writer.progress["counts"], writer.progress.get("skip", 0)
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-
-    def total(what: str) -> int:
-        return counts[f"train_{what}"] + counts[f"val_{what}"]
-
-    bytes_before = total("bytes")
-    with tqdm(unit="tok", unit_scale=True, initial=total("tokens"), mininterval=interval, delay=1) as bar:
-        for batch, encoded in results:
-            writer.write(batch, encoded, skip)
-            skip = 0
-            tokens = total("tokens")
-            if source.size and total("bytes"):
-                bar.total = tokens * source.size // total("bytes")
-            elif source.documents and source.documents > 1 and batch.cursor.part == 0:
-                bar.total = tokens * source.documents // (batch.cursor.document + len(batch.pieces))
-            bar.update(tokens - bar.n)
-    for split, other in (("train", "val"), ("val", "train")):
-        if not counts[f"{split}_tokens"]:
-            advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if writer.config.val_shards else ""
-            raise UserError(f"no text is left for {split}: all {total('tokens'):,} tokens are {other}{advice}")
-    if writer.file:
-        writer.finish(batch.cursor, len(encoded[0]))
-    megabytes, seconds = (total("bytes") - bytes_before) / 1e6, time.perf_counter() - start
-    print(f"{megabytes:,.1f} MB of text in {seconds:,.1f} s, {megabytes / seconds:,.1f} MB/s")
+    for split, made in progress["shards"].items():
+        for path in find_shards(out_dir, split):
+            if path.name not in made:
+                path.unlink()
 
 
 def write_meta(out_dir: Path, tokenizer: str, vocab_size: int, progress: dict) -> None:
     if tokenizer.startswith("{"):
         (out_dir / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         tokenizer = "tokenizer.json"  # in data_dir, which may be moved
-    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, **progress["counts"]}
-    meta |= {name: progress[name] for name in ("settings", "shards")}  # {split: {shard's name: [tokens, crc32]}}
+    kept = [*COUNTS, "settings", "shards"]  # shards: {split: {name: [tokens, crc32]}}
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size} | {name: progress[name] for name in kept}
     write_json(out_dir / "meta.json", meta)
     (out_dir / "progress.json").unlink()
 
@@ -573,8 +472,6 @@ def main() -> int | None:
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 130
-    except BrokenProcessPool:
-        raise UserError("a worker process died (was memory short?); run the same command to go on") from None
     except OSError as error:  # disk full, no permission, a file that went away
         raise UserError(f"{error}; when that is mended, run the same command to go on") from None
 

@@ -1,7 +1,7 @@
 """Where text comes from: a Hugging Face data set, local files, or a download.
 
-A source is a list of readers, a file each. A reader takes a place in its file (0, or one that it gave out) and yields
-(place, text, first, last) from there on: a row is a whole document, a text file is one that comes in several texts.
+A source is a list of parts, a file each. A part's reader yields (text, whether it begins a document): a row is a whole
+document, a text file is one that comes in several texts. No document reaches into the next part.
 """
 
 import codecs
@@ -26,13 +26,14 @@ TEXT_TYPES = ("string", "large_string", "string_view")  # Arrow's
 ROWS = 256  # read at a time
 BLOCK = 1 << 20  # bytes of a text file read at a time
 
-Reader = Callable[[int], Iterator[tuple[int, str, bool, bool]]]
+Texts = Iterator[tuple[str, bool]]
+Reader = Callable[[], Texts]
 
 
 class Source(NamedTuple):
-    parts: list[tuple[str, list[Reader]]]  # (split, readers), in the order in which they are written
-    documents: int | None  # in the first part; None where that takes reading it
-    size: int | None  # bytes of text in the first part; None where that takes reading it
+    parts: list[tuple[str, Reader]]  # (split, reader), in the order in which they are written
+    documents: int | None  # to train on, before validation is taken from them; None if only reading can tell
+    size: int | None  # their bytes; None if only reading can tell
     fingerprint: str  # changes with the source's files
 
 
@@ -44,31 +45,29 @@ def open_source(config: Any, out_dir: Path) -> Source:
     readers, counts = zip(*(open_file(path, config.text_column) for path in paths), strict=True)
     documents = None if None in counts else sum(counts)
     size = None if any(path.endswith(ROW_FILES) for path in paths) else sum(map(os.path.getsize, paths))
-    return Source([("train", list(readers))], 1 if config.join else documents, size, fingerprint(paths))
+    return Source(make_parts("train", readers, config.join), 1 if config.join else documents, size, fingerprint(paths))
 
 
-def read_texts(readers: list[Reader], join: bool, file: int = 0, place: int = 0) -> Iterator[tuple]:
-    """((file, place), text, whether it begins a document) of all texts from a place in a file on."""
-    for number, read in enumerate(readers[file:], file):
-        for at, text, first, last in read(place):
-            if join and last and not text.endswith("\n"):
-                text += "\n"
-            yield (number, at), text, first and not join
-        place = 0
+def make_parts(split: str, readers: list[Reader], join: bool) -> list[tuple[str, Reader]]:
+    return [(split, read) for read in ([partial(read_joined, readers)] if join else readers)]
+
+
+def read_joined(readers: list[Reader]) -> Texts:
+    """All rows of all files as one document, each ending in a new line."""
+    is_first, ended = True, True
+    for read in readers:
+        for text, begins in read():
+            yield text if ended or not begins else "\n" + text, is_first
+            is_first, ended = False, text.endswith("\n")
+    if not ended:
+        yield "\n", False
 
 
 def fingerprint(paths: list[str]) -> str:
     """Of names, and of local files' sizes and modification times; a path on the hub holds the commit."""
-    files = [(path, *file_state(path)) for path in paths]
+    states = [os.stat(path) if os.path.exists(path) else None for path in paths]
+    files = [(p, s.st_size, s.st_mtime_ns) if s else (p,) for p, s in zip(paths, states, strict=True)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-
-
-def file_state(path: str) -> tuple[int, ...]:
-    """(size, modification time) of a local file, () of any other."""
-    if not os.path.exists(path):
-        return ()
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def one_line(error: Exception) -> str:
@@ -97,7 +96,6 @@ def download(url: str, out_dir: Path) -> str:
         try:
             with requests.get(url, stream=True, timeout=30) as response:
                 response.raise_for_status()
-                out_dir.mkdir(parents=True, exist_ok=True)
                 with whole_file(path) as file:
                     for chunk in response.iter_content(BLOCK):
                         file.write(chunk)
@@ -107,7 +105,7 @@ def download(url: str, out_dir: Path) -> str:
 
 
 def open_file(path: str, column: str) -> tuple[Reader, int | None]:
-    """(reader, number of documents; None where that takes reading the file)"""
+    """(reader, number of documents; None if only reading can tell)"""
     if path.endswith((".jsonl", ".jsonl.gz")):
         return partial(read_jsonl, path, column), None
     if path.endswith(".parquet"):
@@ -115,32 +113,32 @@ def open_file(path: str, column: str) -> tuple[Reader, int | None]:
     return partial(read_text, path), 1
 
 
-def read_text(path: str, start: int) -> Iterator[tuple]:
-    """A text file of any size, from byte `start` on."""
-    size = os.path.getsize(path)
+def read_text(path: str) -> Texts:
+    """A text file of any size, a block at a time."""
     with open(path, "rb") as file:
-        last = False
+        data, start, last = b"", 0, False
         while not last:
-            file.seek(start)
-            data = file.read(BLOCK)
-            last = start + len(data) >= size or len(data) < BLOCK
+            block = file.read(BLOCK)
+            data, last = data + block, len(block) < BLOCK
             try:
                 text, used = codecs.utf_8_decode(data, "strict", last)  # a character may straddle two blocks
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: byte {start + error.start} is not UTF-8; convert or exclude it") from None
-            yield start, text.removeprefix("\ufeff") if start == 0 else text, start == 0, last  # no byte order mark
-            start += used
+            if start == 0:
+                yield text.removeprefix("\ufeff"), True  # a byte order mark is no text
+            elif text:
+                yield text, False
+            data, start = data[used:], start + used
 
 
-def read_jsonl(path: str, column: str, start: int) -> Iterator[tuple]:
-    """Rows from byte `start` (of the unpacked file) on."""
+def read_jsonl(path: str, column: str) -> Texts:
+    start = 0  # of the line, in bytes of the unpacked file
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         try:
-            file.seek(start)
             for line in file:
                 if line.strip():
                     row = json.loads(line.decode("utf-8" if start else "utf-8-sig"))
-                    yield start, row_text(row, column), True, True
+                    yield row_text(row, column), True
                 start += len(line)
         except (ValueError, EOFError, RecursionError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path}: the line at byte {start}: {error}") from None
@@ -168,30 +166,21 @@ def open_parquet(path: str, column: str) -> Any:
     return file
 
 
-def read_parquet(path: str, column: str, start: int) -> Iterator[tuple]:
-    """Rows from row `start` on."""
+def read_parquet(path: str, column: str) -> Texts:
     with open_parquet(path, column) as file:
-        yield from read_tables(file.iter_batches(ROWS, columns=[column]), path, column, start)
+        yield from read_tables(file.iter_batches(ROWS, columns=[column]), path, column)
 
 
-def read_tables(tables: Iterator, where: str, column: str, start: int) -> Iterator[tuple]:
-    """Rows of Arrow tables, from row `start` on; no text (null) is an empty one."""
-    row = 0
-    while True:
-        try:
-            table = next(tables, None)
-            if table is None:
-                return
+def read_tables(tables: Iterator, where: str, column: str) -> Texts:
+    """Rows of Arrow tables; no text (null) is an empty one."""
+    try:
+        for table in tables:
             check_column(where, column, table.schema)
-            skip = max(0, start - row)
-            texts = table.column(column).slice(skip).to_pylist()
-        except UserError:
-            raise
-        except Exception as error:  # of many types: network, broken file, text that is not UTF-8
-            raise UserError(f"{where}: {one_line(error)}; when that is mended, run the same command to go on") from None
-        for number, text in enumerate(texts, row + skip):
-            yield number, text or "", True, True
-        row += table.num_rows
+            yield from ((text or "", True) for text in table.column(column).to_pylist())
+    except UserError:
+        raise
+    except Exception as error:  # of many types: network, broken file, text that is not UTF-8
+        raise UserError(f"{where}: {one_line(error)}; when that is mended, run the same command to go on") from None
 
 
 def check_column(where: str, column: str, schema: Any) -> None:
@@ -212,44 +201,37 @@ def check_column(where: str, column: str, schema: Any) -> None:
 # Hugging Face data sets
 
 
-def import_datasets() -> Any:
+def open_dataset(config: Any) -> Source:
     os.environ.setdefault("USE_TORCH", "0")  # datasets would import torch, which takes longer than all else here
     import datasets
     import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a mistake is one line, which is ours
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-    return datasets
-
-
-def open_dataset(config: Any) -> Source:
-    datasets = import_datasets()
     where = f"--dataset={config.dataset}" + (f" {config.subset}" if config.subset else "")
     parts = []
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.subset)
         if hasattr(builder.config, "batch_size"):  # Parquet: else the first row group's size, which may be 0
             builder.config.batch_size = ROWS
-        for name, split in [("train", config.split)] + ([("val", config.val_split)] if config.val_split else []):
-            streams = [builder.as_streaming_dataset(split=each) for each in split.split("+")]
+        for name, splits in (("train", config.split), ("val", config.val_split)):
+            streams = [builder.as_streaming_dataset(split=split) for split in splits.split("+")] if splits else []
             files = [(stream, index) for stream in streams for index in range(stream.num_shards)]
-            parts.append((name, [partial(read_dataset, *file, where, config.text_column) for file in files]))
+            readers = [partial(read_dataset, *file, where, config.text_column) for file in files]
+            parts += make_parts(name, readers, config.join) if readers else []
     except Exception as error:  # of many types: no network, no such data set, subset or split; all have a good message
         raise UserError(f"{where}: {one_line(error)}") from None
     infos = [(builder.info.splits or {}).get(split) for split in config.split.split("+")]
     documents = sum(info.num_examples for info in infos) if all(infos) else None
-    data_files = {name: [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
-    used = [path for split in config.split.split("+") for path in data_files.get(split, [""])]
+    files = {name: [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
+    used = [path for split in config.split.split("+") for path in files.get(split, [""])]
     if documents is None and all(path.endswith(".parquet") and os.path.exists(path) for path in used):
         documents = sum(open_parquet(path, config.text_column).metadata.num_rows for path in used)
-    paths = [path for _, paths in sorted(data_files.items()) for path in paths]
+    paths = [path for _, paths in sorted(files.items()) for path in paths]
     return Source(parts, 1 if config.join else documents, None, fingerprint(paths))
 
 
-def read_dataset(stream: Any, index: int, where: str, column: str, start: int) -> Iterator[tuple]:
-    """Rows of one source file, from row `start` on.
-
-    Not the stream's own state_dict: datasets 5.2 continues right from it once, but not a second time.
-    """
+def read_dataset(stream: Any, index: int, where: str, column: str) -> Texts:
+    """Rows of one source file."""
     tables = stream.shard(stream.num_shards, index).with_format("arrow").iter(ROWS)
-    yield from read_tables(tables, where, column, start)
+    yield from read_tables(tables, where, column)

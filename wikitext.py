@@ -4,6 +4,13 @@ The data set comes in words with spaces between them (`" a two @-@ part episode 
 seen. Word-level perplexity is per word of that original all the same, so that it compares across tokenizers.
 """
 
+import re
+
+
+def add_spaces(text: str) -> str:
+    """The text with a space in each empty line, as the original files have it and Hugging Face's rows do not."""
+    return re.sub(r"\n(?=\n)", "\n ", text)
+
 
 def detokenize(text: str) -> str:
     """The text without the spaces that WikiText put in. Quotes and brackets are taken in pairs, one behind the other

@@ -1,3 +1,4 @@
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 import tiktoken
 
+import tokenizer
 from configurator import UserError
 from tokenizer import (
     ENDOFTEXT,
+    IS_NEW,
+    BatchEncoder,
     byte_alphabet,
     check_same_tokenizer,
-    fast_encoder,
     get_tokenizer,
+    has_new_characters,
+    load_gigatoken,
     merges_of,
     same_tokenizer,
     to_json,
@@ -110,17 +115,87 @@ def test_json_encodes_as_hugging_face(hf, tmp_path, pairs):
     assert enc.eot_token not in enc.encode_ordinary(ENDOFTEXT)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_fast_encoder_is_exact(name):
-    enc = get_tokenizer(name)
-    encode = fast_encoder(enc)
+def check_batch(enc, texts, num_threads=2):
+    ids, counts = BatchEncoder(enc, num_threads)([text.encode() for text in texts])
+    for text, part in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
+        assert part.tolist() == enc.encode_ordinary(text), repr(text)
+
+
+def random_texts(seed, count):
     spaces = [" ", " ", "\n", "\t", "\r", "\v", "\f", "\x1c", "\u00a0", "\u2003", "\x85", "\0"]
     others = ["a", "Be", "é", "中", "1", "!", "'", "'s", "_", "🙂", "\u0301", ENDOFTEXT]
-    generator = random.Random(0)
-    for i in range(6000):
+    generator = random.Random(seed)
+    for i in range(count):
         used = generator.choices(spaces[: 7 if i % 2 else None], k=3) + generator.choices(others, k=3)
-        text = "".join(generator.choices(used, k=i % 24))
-        assert encode(text).tolist() == enc.encode_ordinary(text), repr(text)
+        yield "".join(generator.choices(used, k=i % 24))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_have_tiktokens_ids(hf, threads):
+    for name in ("gpt2", "bytes", hf.to_str()):
+        check_batch(get_tokenizer(name), [*TEXTS, *random_texts(0, 6000), "a" * 5000, " " * 5000], threads)
+
+
+def test_characters_that_only_gigatoken_knows_are_tiktokens(monkeypatch):
+    new = [chr(c) for c in np.flatnonzero(IS_NEW)]
+    assert all(has_new_characters([b"a", f"é {c}".encode(), b""]) for c in new)
+    assert not has_new_characters(["é中🙂\U00033480".encode()])
+    monkeypatch.setattr(BatchEncoder, "encode_by_gigatoken", None)
+    check_batch(get_tokenizer("gpt2"), [f"é {c}{c}s {c}1" for c in new])
+
+
+def test_the_two_put_all_other_characters_into_the_same_class():
+    pytest.importorskip("gigatoken")
+    chars = [chr(c) for c in range(0x80, 0x110000) if not 0xD800 <= c < 0xE000]
+    all_bytes = [bytes([i]) for i in range(256)]
+
+    def matched(pattern):  # tiktoken drops what its pattern does not match
+        ranks = {byte: i for i, byte in enumerate(all_bytes)}
+        enc = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        return set(enc.decode(enc.encode_ordinary("".join(chars))))
+
+    classes = [matched(r"\p{L}"), matched(r"\p{N}"), matched(r"[^\s\p{L}\p{N}]")]
+    # gigatoken joins "a" and a letter's first byte only if it does not split between them.
+    gigatoken = load_gigatoken([*all_bytes, *(b"%c%c" % (a, b) for a in b"a1!" for b in range(128, 256))])
+    lengths = np.array([len(c.encode()) for c in chars])
+    places = np.cumsum(lengths + 2) - lengths - 2  # of the leads, in the text below
+    for lead, chars_of_class in zip("a1!", classes, strict=True):
+        ids = gigatoken.encode("".join(f"{lead}{c}\n" for c in chars))
+        ends = np.cumsum(np.where(ids < 256, 1, 2))
+        joined = np.isin(places, ends[ids >= 256] - 2)
+        differ = {c for c, is_joined in zip(chars, joined, strict=True) if is_joined != (c in chars_of_class)}
+        assert all(IS_NEW[ord(c)] for c in differ)
+        assert len(differ) < np.count_nonzero(IS_NEW)
+
+
+def test_a_wrong_id_makes_the_batch_tiktokens(monkeypatch, capsys):
+    pytest.importorskip("gigatoken")
+    enc = get_tokenizer("gpt2")
+    monkeypatch.setattr(tokenizer, "load_gigatoken", lambda tokens: load_gigatoken([tokens[1], tokens[0], *tokens[2:]]))
+    check_batch(enc, ["Some text that both encode!"] * 3)
+    assert capsys.readouterr().err == "gigatoken's ids are not tiktoken's; this batch is tiktoken's\n"
+
+
+@pytest.mark.parametrize("found", [{}, {"gigatoken": "0.9.0"}])
+def test_tiktoken_alone(monkeypatch, capsys, found):
+    """Where gigatoken is not installed, or not in the version that was compared."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in {"tiktoken", *found} or None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found.get(name, "0.14.0"))
+    monkeypatch.setattr(tokenizer, "load_gigatoken", None)
+    check_batch(get_tokenizer("gpt2"), TEXTS)
+    assert "pip install gigatoken==" in capsys.readouterr().err
+    check_batch(get_tokenizer("bytes"), TEXTS)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vocabulary_that_gigatoken_refuses_is_tiktokens(hf, capfd):
+    """The bytes come behind what they are merged to."""
+    data = json.loads(hf.to_str())
+    tokens = sorted(data["model"]["vocab"], key=lambda token: (len(token) == 1, data["model"]["vocab"][token]))
+    data["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT]
+    check_batch(get_tokenizer(json.dumps(data)), [*TEXTS, *random_texts(0, 100)])
+    assert "gigatoken cannot hold this vocabulary" in capfd.readouterr().err
 
 
 def test_token_bytes():
