@@ -57,8 +57,10 @@ class DataConfig:
     text_column: str = "text"  # of a data set, .jsonl and .parquet
     files: PathStr | None = None  # or a glob of .jsonl, .jsonl.gz, .parquet, or text (a document a file)
     exclude: str | None = None  # globs, separated by commas, of paths to leave out of files
+    separator: str | None = None  # what stands between documents in a text file; None: a file is one document
     url: str | None = None  # or a text file to download, one document
     tokenizer: PathStr = "gpt2"  # gpt2, bytes, another name of tiktoken's, or the path of a tokenizer.json
+    document_token: str | None = None  # what a tokenizer.json made elsewhere calls <|endoftext|>: </s>, ...
     out_dir: PathStr | None = None  # where the shards go; data/fineweb_edu10B for the default data set
     shard_tokens: int = 100_000_000  # tokens in a shard, and at most a batch more; the last of a split has what is left
     num_proc: int | None = None  # threads; None is all cores
@@ -82,6 +84,8 @@ class DataConfig:
             raise ValueError(f"{sources[0]} needs a place for its shards: --out_dir=data/NAME")
         if self.exclude and not self.files:
             raise ValueError("exclude belongs to files")
+        if self.separator and self.dataset:
+            raise ValueError("separator belongs to text files, not to a data set")
         if self.val_split and (self.files or self.url):
             raise ValueError("val_split is a split of a data set; with files or url use val_fraction or val_shards")
         if (self.subset or self.split != "train") and (self.files or self.url):
@@ -395,7 +399,7 @@ def check_same(out_dir: Path, old: dict, new: dict) -> None:
 def prepare(config: DataConfig) -> None:
     """Make the shards and meta.json in config.out_dir, or what of them is still to be made. Raises UserError."""
     out_dir = Path(config.out_dir)
-    tokenizer = tokenizer_content(config.tokenizer)
+    tokenizer = tokenizer_content(config.tokenizer, config.document_token)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "num_proc")}
     if tokenizer.startswith("{"):  # the path may change, the content may not
         settings["tokenizer"] = f"json {hashlib.sha256(tokenizer.encode()).hexdigest()[:16]}"

@@ -42,7 +42,8 @@ def open_source(config: Any, out_dir: Path) -> Source:
     if config.dataset:
         return open_dataset(config)
     paths = find_files(config.files, config.exclude) if config.files else [download(config.url, out_dir)]
-    readers, counts = zip(*(open_file(path, config.text_column) for path in paths), strict=True)
+    opened = [open_file(path, config.text_column, config.separator) for path in paths]
+    readers, counts = zip(*opened, strict=True)
     documents = None if None in counts else sum(counts)
     size = None if any(path.endswith(ROW_FILES) for path in paths) else sum(map(os.path.getsize, paths))
     return Source(make_parts("train", readers, config.join), 1 if config.join else documents, size, fingerprint(paths))
@@ -104,12 +105,14 @@ def download(url: str, out_dir: Path) -> str:
     return str(path)
 
 
-def open_file(path: str, column: str) -> tuple[Reader, int | None]:
+def open_file(path: str, column: str, separator: str | None) -> tuple[Reader, int | None]:
     """(reader, number of documents; None if only reading can tell)"""
     if path.endswith((".jsonl", ".jsonl.gz")):
         return partial(read_jsonl, path, column), None
     if path.endswith(".parquet"):
         return partial(read_parquet, path, column), open_parquet(path, column).metadata.num_rows
+    if separator:
+        return partial(read_separated, path, separator), None
     return partial(read_text, path), 1
 
 
@@ -129,6 +132,23 @@ def read_text(path: str) -> Texts:
             elif text:
                 yield text, False
             data, start = data[used:], start + used
+
+
+def read_separated(path: str, separator: str) -> Texts:
+    """A text file's documents, of any size, between separators; an empty one is none."""
+    held, begins = "", True
+    for text, _ in read_text(path):
+        *ended, held = (held + text).split(separator)
+        for document in ended:
+            if document:
+                yield document, begins
+            begins = True
+        known = held[: max(0, len(held) + 1 - len(separator))]  # the rest may be the first half of a separator
+        if known:
+            yield known, begins
+            held, begins = held[len(known) :], False
+    if held:
+        yield held, begins
 
 
 def read_jsonl(path: str, column: str) -> Texts:

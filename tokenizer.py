@@ -1,4 +1,15 @@
-"""Tokenizers, all as `tiktoken.Encoding`: GPT-2's or another of tiktoken's, plain bytes, or one's own from a file."""
+"""Tokenizers, all as `tiktoken.Encoding`: GPT-2's or another of tiktoken's, plain bytes, or one's own from a file.
+
+    python tokenizer.py --files='texts/*.parquet' --vocab_size=52000 --out=data/mine.json
+    python fineweb.py --files='texts/*.parquet' --tokenizer=data/mine.json --out_dir=data/mine
+
+learns one: a byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) that splits text as GPT-2's does.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
 
 import base64
 import functools
@@ -9,15 +20,20 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tiktoken
 
-from configurator import UserError, nearest
+from configurator import PathStr, UserError, cli, configure, nearest
+from files import read_text, whole_file
+from sources import Source, open_source
 
 ENDOFTEXT = "<|endoftext|>"
 # GPT-2's pre-tokenizer, in the spelling that tiktoken runs fastest.
@@ -36,6 +52,33 @@ for _first, _last in NEW_CHARACTERS:
 SAMPLE = 10_000  # bytes of a batch that both encode
 FORGET = 200_000_000  # bytes
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Learning a tokenizer."""
+
+    dataset: PathStr | None = None  # Hugging Face data set or folder, read as fineweb.py does
+    subset: str | None = None  # the data set's configuration
+    split: str = "train"  # or several: train+test
+    text_column: str = "text"  # of a data set, .jsonl and .parquet
+    files: PathStr | None = None  # or a glob of .jsonl, .jsonl.gz, .parquet, or text
+    exclude: str | None = None  # globs, separated by commas, of paths to leave out of files
+    vocab_size: int = 52000  # ids, of which 256 are the bytes and one is <|endoftext|>
+    out: PathStr | None = None  # the .json to write; must not exist yet
+    max_bytes: int = 1_000_000_000  # learn from this much text at most, as much of each file
+
+    def __post_init__(self) -> None:
+        if (self.dataset is None) == (self.files is None):
+            raise ValueError("say what to learn from: --dataset=NAME_OR_FOLDER or --files=GLOB")
+        if self.out is None or not self.out.endswith(".json"):
+            raise ValueError("say where to write: --out=NAME.json")
+        if not 257 <= self.vocab_size <= 1 << 16:
+            raise ValueError(
+                f"vocab_size = {self.vocab_size}, but it must be 257 (bytes and a document token) to 65536"
+            )
+        if self.max_bytes < 1:
+            raise ValueError(f"max_bytes = {self.max_bytes}, but it must be at least 1")
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -66,16 +109,22 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         raise UserError(f"tokenizer {name} must be downloaded once, which failed: {type(error).__name__}") from None
 
 
-def tokenizer_content(name: str) -> str:
-    """What a checkpoint keeps of a tokenizer: its name, or for the path of a .json the file's whole content."""
+def tokenizer_content(name: str, document_token: str | None = None) -> str:
+    """What a checkpoint keeps of a tokenizer: its name, or for the path of a .json the file's whole content. There,
+    document_token is renamed to <|endoftext|>, which begins documents everywhere in this project."""
     if not name.endswith(".json"):
         return name
+    content = read_text(os.path.expanduser(name), "it must be a tokenizer.json")
+    if document_token is None:
+        return content
     try:
-        return Path(os.path.expanduser(name)).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"tokenizer {name}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"tokenizer {name}: not a text file") from None
+        data = json.loads(content)
+        [token] = [token for token in data["added_tokens"] if token["content"] == document_token]
+        token["content"] = ENDOFTEXT
+        data["model"]["vocab"] = {ENDOFTEXT if t == document_token else t: i for t, i in data["model"]["vocab"].items()}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"tokenizer {name}: {document_token!r} is not one of its added tokens") from None
+    return json.dumps(data, ensure_ascii=False)
 
 
 def same_tokenizer(a: str, b: str) -> bool:
@@ -233,7 +282,8 @@ def _byte_level_bpe(data: dict, where: str) -> tiktoken.Encoding:
     ):
         raise UserError(f"{where}: must have no normalizer, and split as GPT-2 does (ByteLevel, no prefix space)")
     if ENDOFTEXT not in specials:
-        raise UserError(f"{where}: has no added token {ENDOFTEXT}, with which every document starts")
+        others = f"; name another with --document_token, of {', '.join(specials)}" if specials else ""
+        raise UserError(f"{where}: has no added token {ENDOFTEXT}, with which every document starts{others}")
 
     alphabet = byte_alphabet()
     foreign = {c for token in vocab if token not in specials for c in token} - alphabet.keys()
@@ -298,3 +348,78 @@ def merges_of(enc: tiktoken.Encoding) -> list[tuple[bytes, bytes]]:
             assert ranks.keys() >= set(parts), token
             merges.append(tuple(parts))
     return merges
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning one
+
+
+def main() -> int:
+    config, _ = configure(TokenizerConfig)
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"{out} exists already; delete it, or name another --out")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"out = {config.out!r}: there is no such folder to write to")
+    source = open_source(
+        SimpleNamespace(**vars(config), url=None, val_split=None, join=False, separator=None), out.parent
+    )
+    held_out: list[str] = []
+    content = learn(texts_of(source, config.max_bytes, held_out), config.vocab_size)
+    enc = get_tokenizer(content)
+    with whole_file(out, "w") as file:
+        file.write(content)
+    if enc.n_vocab < config.vocab_size:
+        print(f"{enc.n_vocab} ids, not {config.vocab_size}: no other pair comes twice in this text")
+    size = sum(len(text.encode()) for text in held_out)
+    for name, encoding in ((out, enc), ("gpt2", get_tokenizer("gpt2"))) if size else ():
+        tokens = sum(map(len, encoding.encode_ordinary_batch(held_out)))
+        print(f"{name}: {size / tokens:.3f} bytes per token on {size:,} bytes held out")
+    print(f"next: python fineweb.py ... --tokenizer={out}")
+    return 0
+
+
+def texts_of(source: Source, max_bytes: int, held_out: list[str]) -> Iterator[str]:
+    """Texts to learn from: of each file as much, max_bytes in all. Every hundredth goes to held_out instead."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
+    with tqdm(unit="B", unit_scale=True, mininterval=interval, delay=1) as bar:
+        for _, read in source.parts:
+            size = 0
+            for number, (text, _) in enumerate(read(), 1):
+                text = text.encode(errors="replace").decode()  # half a surrogate pair, as JSON can spell it
+                if number % 100 == 0:
+                    held_out.append(text)
+                    continue
+                yield text
+                size += len(text.encode())
+                bar.update(len(text.encode()))
+                if size >= max_bytes / len(source.parts):
+                    break
+
+
+def learn(texts: Iterator[str], vocab_size: int) -> str:
+    """texts -> the content of a tokenizer.json with <|endoftext|> as id 0. The same texts give the same content.
+
+    Memory grows with the number of different words, not with the text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learned.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[ENDOFTEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    handler = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Rust would hold back Ctrl-C for minutes; nothing is written
+    learned.train_from_iterator(texts, trainer)
+    signal.signal(signal.SIGINT, handler)
+    return learned.to_str()
+
+
+if __name__ == "__main__":
+    cli(main)

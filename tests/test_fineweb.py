@@ -825,3 +825,27 @@ def test_a_mistake_is_one_line_and_status_2(source, options):
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (source / "out").exists()
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("text", ["", "a", "a<|>b<|>", "<|><|>a<|", "ab<<|>|>c\n<|>\nd", "x" * 50 + "<|>" + "y" * 50])
+def test_documents_between_separators(tmp_path, monkeypatch, text, block):
+    monkeypatch.setattr(sources, "BLOCK", block)
+    (tmp_path / "a.txt").write_text(text)
+    documents = []
+    for piece, begins in sources.read_separated(str(tmp_path / "a.txt"), "<|>"):
+        documents += [""] if begins else []
+        documents[-1] += piece
+    assert documents == [document for document in text.split("<|>") if document]
+
+
+def test_separator(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n<|endoftext|>\nthree\n<|endoftext|>\nfour\n<|endoftext|>\n")
+    done = call(
+        "fineweb.py", f"--files={tmp_path / 'a.txt'}", "--separator=\n<|endoftext|>\n", f"--out_dir={tmp_path / 'out'}",
+        "--val_fraction=0.34", "--tokenizer=bytes",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_shard(tmp_path / "out" / "out_train_000001.bin") == tokens_of(["one two"], get_tokenizer("bytes"))
+    val = tokens_of(["three", "four"], get_tokenizer("bytes"))
+    assert read_shard(tmp_path / "out" / "out_val_000000.bin") == val

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tokenizers
+from conftest import call
 
 import tokenizer
 from configurator import UserError
@@ -42,7 +44,6 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def hf():
     """A small tokenizer that Hugging Face's own library learned: the oracle for its file format."""
-    tokenizers = pytest.importorskip("tokenizers")
     hf = tokenizers.Tokenizer(tokenizers.models.BPE())
     hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = tokenizers.decoders.ByteLevel()
@@ -90,7 +91,6 @@ def test_bytes():
 
 
 def test_byte_alphabet_is_that_of_the_tokenizers_library():
-    tokenizers = pytest.importorskip("tokenizers")
     assert set(byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert sorted(byte_alphabet().values()) == list(range(256))
 
@@ -342,3 +342,56 @@ def test_the_same_tokenizer_in_another_spelling(hf):
             check_same_tokenizer(a, b, "out/a", "data/b")
         for unknown in [(None, b), (a, None), (None, None), (a, a)]:
             check_same_tokenizer(*unknown, "out/a", "data/b")
+
+
+# ---- learning one
+
+SENTENCES = [
+    "the cat sat on the mat. " * 3,
+    "de kat zat op de mat, het was zo warm!\n" * 4,
+    "éé 12345 <|endoftext|> \ud83d",
+] * 60
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    return path
+
+
+def test_learned_twice_it_is_the_same_and_all_agree_on_it(texts, tmp_path):
+    for name in ("a.json", "b.json"):
+        done = call("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        assert "bytes per token" in done.stdout
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    ours, theirs = get_tokenizer(str(tmp_path / "a.json")), tokenizers.Tokenizer.from_file(str(tmp_path / "a.json"))
+    assert ours.n_vocab == theirs.get_vocab_size() == 300
+    for text in [*TEXTS, *random_texts(0, 100)]:
+        if ENDOFTEXT not in text:  # theirs takes it for the special token
+            assert ours.encode_ordinary(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode_ordinary(text)) == text
+    check_batch(ours, [*TEXTS, *random_texts(1, 100)])
+    done = call("tokenizer.py", f"--files={texts}", f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, "exists already" in done.stderr) == (2, True)
+
+
+def test_learning_reads_no_more_than_asked_for(texts, tmp_path):
+    done = call("tokenizer.py", f"--files={texts}", f"--out={tmp_path / 'a.json'}", "--max_bytes=10")
+    assert done.returncode == 0, done.stderr
+    few = get_tokenizer(str(tmp_path / "a.json")).encode_ordinary
+    assert len(few("the cat")) < len(few("de kat"))
+    assert "no other pair comes twice" in done.stdout
+
+
+def test_a_document_token_of_another_name(hf, tmp_path):
+    data = json.loads(hf.to_str().replace(ENDOFTEXT, "</s>"))
+    (tmp_path / "foreign.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="name another with --document_token, of </s>"):
+        get_tokenizer(str(tmp_path / "foreign.json"))
+    enc = get_tokenizer(tokenizer_content(str(tmp_path / "foreign.json"), "</s>"))
+    assert same_tokenizer(hf.to_str(), tokenizer_content(str(tmp_path / "foreign.json"), "</s>"))
+    assert enc.eot_token == hf.token_to_id(ENDOFTEXT)
+    with pytest.raises(UserError, match="'<s>' is not one of its added tokens"):
+        tokenizer_content(str(tmp_path / "foreign.json"), "<s>")

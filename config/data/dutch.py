@@ -1,0 +1,7 @@
+# FineWeb-2 in Dutch, by a vocabulary of its own. Another of its languages: --subset=deu_Latn, and so on.
+#     python tokenizer.py --dataset=HuggingFaceFW/fineweb-2 --subset=nld_Latn --vocab_size=52000 --out=dutch.json
+#     python fineweb.py config/data/dutch.py
+dataset = "HuggingFaceFW/fineweb-2"
+subset = "nld_Latn"
+tokenizer = "dutch.json"
+out_dir = "data/dutch"
