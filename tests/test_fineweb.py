@@ -572,6 +572,15 @@ def test_a_source_that_changes_at_equal_size_is_noticed(tmp_path, small, monkeyp
     prepare(tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("options", [{"val_shards": 1}, {"val_fraction": 0.99}])
+def test_a_split_without_text_leaves_the_folder_for_other_settings(tmp_path, options):
+    write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(UserError, match="no text is left"):
+        prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", **options)
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (2, 2)
+
+
 # One preparation in a folder
 
 

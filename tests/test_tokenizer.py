@@ -176,6 +176,18 @@ def test_a_wrong_id_makes_the_batch_tiktokens(monkeypatch, capsys):
     assert capsys.readouterr().err == "gigatoken's ids are not tiktoken's; this batch is tiktoken's\n"
 
 
+def test_gigatoken_forgets_the_words_it_has_met(monkeypatch):
+    """Or its memory would grow without end."""
+    pytest.importorskip("gigatoken")
+    loads = []
+    monkeypatch.setattr(tokenizer, "FORGET", 1000)
+    monkeypatch.setattr(tokenizer, "load_gigatoken", lambda tokens: loads.append(1) or load_gigatoken(tokens))
+    encoder = BatchEncoder(get_tokenizer("gpt2"), 1)
+    for _ in range(5):
+        encoder([b"a word " * 100])
+    assert len(loads) == 3
+
+
 @pytest.mark.parametrize("found", [{}, {"gigatoken": "0.9.0"}])
 def test_tiktoken_alone(monkeypatch, capsys, found):
     """Where gigatoken is not installed, or not in the version that was compared."""
