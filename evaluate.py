@@ -46,7 +46,7 @@ class EvaluateConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
     data_dir: PathStr = "data/fineweb_edu10B"  # token shards, made by fineweb.py with the model's tokenizer
     split: Literal["val", "train"] = "val"
-    tokens: int | None = None  # predict the first so many only; None: all
+    tokens: int | None = None  # predict only the first ones, this many; None: all
     seq_len: int | None = None  # tokens in a window; None: the model's block_size
     stride: int | None = None  # tokens from a window to the next, which predicts only what is new; None: seq_len
     batch_size: int = 8  # windows in a forward pass, on each process
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def exp(loss: float | None) -> float | None:
-    """A perplexity; None where there is no loss, or it is past what a float holds."""
+    """A perplexity; None if there is no loss, or the result is more than a float holds."""
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
@@ -155,8 +155,8 @@ def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
 
 
 def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-    """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C), so many rows at a time:
-    the logits of all together would fill the memory, and on a CPU small pieces are faster."""
+    """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C), `rows` at a time:
+    the logits of all rows together would fill the memory, and on a CPU small pieces are faster."""
     return torch.cat([
         F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
         for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -164,8 +164,8 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -
 
 
 def deal(batches: Sequence, world: World, progress: bool) -> Iterator[tuple[Any, bool]]:
-    """This rank's share of the batches, and whether each counts. Every rank gets as many, as in a sharded model all
-    wait for each other in every forward pass: where the last round is short, some get one that does not count."""
+    """This rank's share of the batches, and whether each counts. All ranks get the same number, because in a sharded
+    model they wait for each other in every forward pass: in a short last round some get one that does not count."""
     from tqdm import tqdm
 
     rounds = range(0, len(batches), world.size)

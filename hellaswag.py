@@ -46,7 +46,7 @@ VAL_FILE = "data/hellaswag/hellaswag_val.jsonl"
 class HellaSwagConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
     data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
-    limit: int | None = None  # score the first so many examples only
+    limit: int | None = None  # score only the first examples, this many
     batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
@@ -81,8 +81,8 @@ def main() -> int:
 def load(path: str | None, enc: "tiktoken.Encoding", block_size: int, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a file (None: of the validation set, downloaded once), tokenised.
 
-    The start of a context is cut off where the longest ending would not fit into block_size behind it. Raises UserError
-    for what is not an example, by its line, and where there is none.
+    The start of a context is cut off if the longest ending would not fit into block_size behind it. Raises UserError,
+    naming the line, for what is not an example, and for a file without any.
     """
     examples, name = [], path or VAL_FILE
     try:
@@ -124,7 +124,7 @@ def parse(line: bytes) -> tuple[str, list[str], int]:
 
 
 def download() -> str:
-    """The path of the validation set, which is downloaded where it is not there yet. Raises UserError."""
+    """The path of the validation set, downloaded if it is not there yet. Raises UserError."""
     path = Path(VAL_FILE)
     if path.exists():
         data = path.read_bytes()
@@ -151,10 +151,10 @@ def score(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
 ) -> tuple[float, float, int] | None:  # fmt: skip
-    """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass. None where `stop`
+    """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass. None if `stop`
     became true on any rank.
 
-    Draws no random numbers, leaves the model's train or eval mode as it was and its compiled forward alone.
+    Draws no random numbers, and changes neither the model's train or eval mode nor its compiled forward.
     """
     losses = ending_losses(model, examples, max_tokens, world, in_dtype, progress, stop)
     if world.sum([bool(stop)])[0]:

@@ -176,7 +176,7 @@ def sample_token(
 ) -> Tensor:
     """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
 
-    Raises FloatingPointError where the logits have no finite maximum: torch.multinomial would end a CUDA process.
+    Raises FloatingPointError if the logits have no finite maximum: torch.multinomial would end a CUDA process.
     """
     if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
         raise FloatingPointError("the logits are not finite: its weights are spoilt, or too large for the dtype")

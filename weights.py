@@ -4,8 +4,8 @@ import dataclasses
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import tiktoken
 import torch
 
 import checkpoint
@@ -14,9 +14,6 @@ from dataloader import data_tokenizer
 from huggingface import load_folder, one_line_errors, read_tokenizer
 from model import GPT, GPTConfig
 from tokenizer import check_same_tokenizer, get_tokenizer
-
-if TYPE_CHECKING:
-    import tiktoken
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -60,7 +57,7 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
     return model.to(device), state["tokenizer"], path
 
 
-def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> "tiktoken.Encoding":
+def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> tiktoken.Encoding:
     """The tokenizer of a loaded model. Raises UserError if it is unknown, or has ids that the model does not have."""
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not known, and without one its ids have no text")

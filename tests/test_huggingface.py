@@ -345,6 +345,18 @@ def test_no_counterpart(tmp_path, name, flags):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("flags", [{}, dict(LLAMA, bias=False)], ids=["gpt2", "llama"])
+def test_the_whole_context_is_compared(flags):
+    model = stir(GPT(GPTConfig(block_size=5000, vocab_size=101, n_layer=2, n_head=2, n_embd=16, **flags)))
+    theirs = huggingface.to_transformers(model, None, "the model")
+    if flags:
+        theirs.model.rotary_emb.inv_freq[-1] *= 1.1  # the longest wavelength, which matters far away
+    else:
+        theirs.transformer.wpe.weight.data[-1] *= -1
+    with pytest.raises(UserError, match=r"the model: the logits of our model and of .* differ by"):
+        huggingface.check_same_logits(model, theirs, "the model")
+
+
 def test_whole_or_not_at_all(tmp_path):
     save_ours(tmp_path / "run")
     full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"

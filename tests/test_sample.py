@@ -8,7 +8,7 @@ import sys
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, call, run
+from conftest import ROOT, call
 from test_model import batch, make, variants
 
 import checkpoint
@@ -257,8 +257,12 @@ def test_mistakes(folder, flag):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-def test_as_a_user_runs_it(folder):
-    done = run("sample.py", f"--model={folder}", "--device=cpu", "--start=é", "--max_new_tokens=20", "--temperature=0")
+def test_as_a_user_runs_it(folder, tmp_path):
+    """And without transformers, which takes seconds to import, as a checkpoint does not need it."""
+    (tmp_path / "transformers.py").write_text("raise SystemExit('transformers was imported')\n")
+    options = [f"--model={folder}", "--device=cpu", "--start=é", "--max_new_tokens=20", "--temperature=0"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *options], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("é")
 

@@ -246,7 +246,7 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     tokens = torch.randint(config.vocab_size, (2, config.block_size), device=card.device)
     folder = card.work / f"hf_{config.pos}_{dtype}"
     save_folder(model, None, folder, "random weights")
-    model.to(card.device)
+    model.to(card.device).train()  # it computes q, k and v in one product
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(card.device)
     for who, precision in ((model, dtype), (peer, dtype), (peer, torch.float32)):
         who.zero_grad()
