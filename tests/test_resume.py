@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import checkpoint
 import distributed
 import train_gpt2
-from configurator import TORCHRUN
+from configurator import TORCHRUN, cli
 from dataloader import DataGuard
 from metrics import Metrics, read_metrics
 
@@ -63,8 +63,8 @@ def same_state(a, b):
     return True
 
 
-def fork(data_dir, out_dir, *args, **kwargs):
-    return Fork(train_gpt2.main, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args, **kwargs)
+def fork(data_dir, out_dir, *args, main=train_gpt2.main, **kwargs):
+    return Fork(main, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args, **kwargs)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
@@ -276,39 +276,23 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def torchrun(data_dir, out_dir, *args, restarts=0):
-    """As a user starts it, with two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    command = [
-        sys.executable,
-        *launcher,
-        ROOT / "train_gpt2.py",
-        f"--data_dir={data_dir}",
-        f"--out_dir={out_dir}",
-        *args,
-    ]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def until(process, text):
-    while text not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
+def launch(main, data_dir, out_dir, restarts):
+    """What torchrun does, less its command line, so that its two processes are forks."""
+    nodes = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
+    config = LaunchConfig(nproc_per_node=2, max_restarts=restarts, monitor_interval=0.01, start_method="fork", **nodes)
+    return fork(data_dir, out_dir, *PAIR, main=lambda: max(elastic_launch(config, main)().values()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
-    """Without --resume=True too. It is torchrun's own launcher, less its command line, so that processes are forks."""
+    """Without --resume=True too."""
     out = tmp_path / "run"
-    nodes = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
-    config = LaunchConfig(nproc_per_node=2, max_restarts=3, monitor_interval=0.01, start_method="fork", **nodes)
-    launch = elastic_launch(config, train_gpt2.main)
-    process = Fork(lambda: max(launch().values()), f"--data_dir={data_dir}", f"--out_dir={out}", *PAIR)
+    torchrun = launch(train_gpt2.main, data_dir, out, restarts=3)
     for rank in (1, 0):  # twice, because the second restart finds what the first one left
-        process.until("saved")
-        os.kill(children(process.pid)[rank], signal.SIGKILL)
-        process.until("resuming at step")
-    assert process.ended() == 0
+        torchrun.until("saved")
+        os.kill(children(torchrun.pid)[rank], signal.SIGKILL)
+        torchrun.until("resuming at step")
+    assert torchrun.ended() == 0
     assert records(out) == records(pair)
     assert same_state(out, pair)
 
@@ -316,17 +300,21 @@ def test_torchrun_restarts_a_group_and_it_goes_on(data_dir, pair, tmp_path):
 def test_another_run_is_refused_however_often_torchrun_tries(data_dir, pair):
     """One process says so, and all of them end."""
     before = {path.name: path.read_bytes() for path in pair.iterdir()}
-    refused = torchrun(data_dir, pair, *PAIR, restarts=1)
-    assert refused.communicate(timeout=60)[1].count("already holds a run") == 2  # once in each try
-    assert refused.returncode == 1
+    torchrun = launch(lambda: cli(train_gpt2.main), data_dir, pair, restarts=1)
+    assert torchrun.ended() == 1
+    assert torchrun.read("err").count("already holds a run") == 2  # once in each try
     assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_group_whose_torchrun_was_killed_stops_in_order(data_dir, tmp_path):
+    """As a user starts it."""
     out = tmp_path / "run"
-    process = torchrun(data_dir, out, *TRAIN, "--max_steps=100000", "--val_interval=0")
-    until(process, "step     2/")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt2.py"]
+    command += [*TRAIN, f"--data_dir={data_dir}", f"--out_dir={out}", "--max_steps=100000", "--val_interval=0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while "step     2/" not in process.stdout.readline():
+        assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)  # until the ranks have closed the output too
     event = metrics(out, "event")[-1]
