@@ -242,14 +242,14 @@ def read_tokenizer(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def one_line_errors(where: str | Path) -> Iterator[None]:
+def one_line_errors(where: str | Path, advice: str = "") -> Iterator[None]:
     """Raises UserError, saying where, for whatever goes wrong within: files and downloads fail in many ways."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from None
+        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {str(error)[:300]}{advice}") from None
 
 
 def import_transformers() -> Any:

@@ -37,7 +37,7 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
         from huggingface_hub import snapshot_download  # takes a while to import
 
         files = ["config.json", "model*.safetensors*"]
-        with one_line_errors(f"model {name}"):  # such as no network
+        with one_line_errors(f"model {name}", "; without a network, copy its folder here and name that"):
             path = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
         return load_folder(path).to(device), "gpt2", path
     if os.path.isdir(path):
