@@ -1,3 +1,4 @@
+import atexit
 import contextlib
 import gc
 import importlib
@@ -113,6 +114,7 @@ class Fork(multiprocessing.get_context("fork").Process):
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self.stdout, self.seen = stdout or self.out.fileno(), 0
         self.start()
+        atexit.register(self.end)
 
     def run(self):
         os.setsid()
@@ -141,9 +143,17 @@ class Fork(multiprocessing.get_context("fork").Process):
         os.kill(self.pid, number)
 
     def ended(self, timeout=60):
-        """Its exit status."""
+        """Its exit status; None where it had to be killed."""
         self.join(timeout)
-        return self.exitcode
+        status = self.exitcode
+        self.end()
+        return status
+
+    def end(self):
+        """Kill it, and what it has started, if it is still there: whatever failed, pytest must not wait for it."""
+        if self.is_alive():
+            os.killpg(self.pid, signal.SIGKILL)
+            self.join()
 
 
 @pytest.fixture
