@@ -123,7 +123,6 @@ class Fork(multiprocessing.get_context("fork").Process):
         sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"))
         os.environ.update(self.env)
         torch.cuda.is_available = lambda: False  # CUDA survives no fork
-        torch.distributed.destroy_process_group = lambda: None  # it can wait for ever for a thread that wants the GIL
         sys.argv = self.args
         cli(self.main)
 
