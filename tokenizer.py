@@ -200,10 +200,11 @@ class BatchEncoder:
         if self.room <= 0:  # it remembers every word it has met, 100 bytes each: a new one forgets them
             self.gigatoken, self.room = load_gigatoken(self.tokens), FORGET
         self.room -= sum(map(len, texts))
-        sample = texts[len(self.ids) * self.room % len(texts)][:SAMPLE].decode(errors="ignore").encode()
+        place = self.room % len(texts)  # in each batch another
+        sample = texts[place][:SAMPLE].decode(errors="ignore").encode()  # no half character
         layout = self.gigatoken.encode_batch([*texts, sample], parallel=self.num_threads > 1).layout
         ends = layout.offsets.data
-        ids = self.ids.take(layout.content.data[: ends[-1]], mode="clip")
+        ids = self.ids.take(layout.content.data[: ends[-1]])
         if not np.array_equal(ids[ends[-2] :], self.encode_text(sample)):
             print("gigatoken's ids are not tiktoken's; this batch is tiktoken's", file=sys.stderr)
             return self.encode_by_tiktoken(texts)

@@ -2,7 +2,7 @@
 
 python records/2026-11-21_prepare/check.py speed OTHER_CHECKOUT 'books/train*.parquet'
 python records/2026-11-21_prepare/check.py ids 'books/*.parquet' 'imdb/**/*.parquet' '/usr/lib/python3/**/*.py' random
-python records/2026-11-21_prepare/check.py kills 200 'books/train-00000*.parquet'
+python records/2026-11-21_prepare/check.py kills 200 '[bd]*/validation*.parquet'
 python records/2026-11-21_prepare/check.py memory 'books/train*.parquet'
 """
 
@@ -116,7 +116,7 @@ def kills(count: str, files: str) -> None:
         while killed < int(count):
             process = subprocess.Popen(command(ROOT, files, out_dir, *options), stdout=-3, stderr=-3)
             try:
-                process.wait(rng.uniform(0.2, 1) * seconds)
+                process.wait(rng.uniform(0.3, 1) * seconds)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -129,8 +129,8 @@ def kills(count: str, files: str) -> None:
                 completed += 1
                 shutil.rmtree(out_dir)
     print(f"{killed} kills, {completed} preparations completed, each with the same bytes as one that was not killed; ")
-    of_killed = [sum(low <= n < low + 50 for n in at_shards) for low in range(0, 250, 50)]
-    print(f"processes that left 0-49, 50-99, ... shards of {len(straight) - 1}: {of_killed}")
+    of_killed = [sum(low <= n < low + 10 for n in at_shards) for low in range(0, 40, 10)]
+    print(f"processes that left 0-9, 10-19, ... shards of {len(straight) - 1}: {of_killed}")
 
 
 def contents(folder: Path) -> dict[str, str]:
