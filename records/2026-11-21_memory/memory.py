@@ -7,6 +7,7 @@ Prints one JSON line a variant: the process's peak in GB (10^9 bytes), and what 
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def main() -> None:
         return
     for variant in [*VARIANTS, *(["nanogpt"] if args.nanogpt else [])]:
         command = [sys.executable, __file__, f"--variant={variant}", f"--nanogpt={args.nanogpt or ''}"]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}  # what is freed goes back at once (glibc)
+        ended = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+        print(ended.stdout.splitlines()[-1], flush=True)
 
 
 def measure(variant: str, nanogpt: str) -> dict:
