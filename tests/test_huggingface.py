@@ -22,7 +22,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from sample import generate
 from tokenizer import ENDOFTEXT, get_tokenizer, same_tokenizer, to_json
-from weights import load_model, starting_weights
+from weights import check_same_logits, load_model, starting_weights
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -356,7 +356,7 @@ def test_the_whole_context_is_compared(flags):
     else:
         theirs.transformer.wpe.weight.data[-1] *= -1
     with pytest.raises(UserError, match=r"the model: the logits of our model and of .* differ by"):
-        huggingface.check_same_logits(model, theirs, "the model")
+        check_same_logits(model, theirs, "the model")
 
 
 def test_whole_or_not_at_all(tmp_path):

@@ -237,8 +237,9 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     import torch
     import transformers
 
-    from huggingface import by_our_names, save_folder
+    from huggingface import save_folder
     from model import GPT, GPTConfig
+    from weights import by_our_names
 
     torch.manual_seed(0)
     config = GPTConfig(**card.shape | flags)
