@@ -51,7 +51,7 @@ def test_damaged_metrics(tmp_path, content):
     *left_out, error = done.stderr.splitlines()
     assert done.returncode == 2
     assert error.startswith(f"error: {tmp_path / 'metrics.jsonl'}: ")
-    assert all("left out" in line for line in left_out)
+    assert all("skipped" in line for line in left_out)
     assert not list(tmp_path.glob("*.png"))
 
 
