@@ -46,9 +46,6 @@ NEW_CHARACTERS = [
     (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6FF),
     (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
 ]  # fmt: skip
-IS_NEW = np.zeros(0x110000, dtype=bool)  # by code point
-for _first, _last in NEW_CHARACTERS:
-    IS_NEW[_first : _last + 1] = True
 SAMPLE = 10_000  # bytes of a batch that both encode
 FORGET = 200_000_000  # bytes
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -227,10 +224,19 @@ def load_gigatoken(tokens: list[bytes]) -> Any:
             return None
 
 
+@functools.cache
+def is_new() -> np.ndarray:
+    """Whether a code point is one of NEW_CHARACTERS, bool (0x110000,)."""
+    table = np.zeros(0x110000, dtype=bool)
+    for first, last in NEW_CHARACTERS:
+        table[first : last + 1] = True
+    return table
+
+
 def has_new_characters(texts: list[bytes]) -> bool:
     """Whether one of the texts (UTF-8) has one of NEW_CHARACTERS."""
     text = b"".join(text for text in texts if not text.isascii()).decode()
-    return bool(IS_NEW.take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any())
+    return bool(is_new().take(np.frombuffer(text.encode("utf-32-le"), "<u4")).any())
 
 
 @functools.cache

@@ -15,12 +15,12 @@ import tokenizer
 from configurator import UserError
 from tokenizer import (
     ENDOFTEXT,
-    IS_NEW,
     BatchEncoder,
     byte_alphabet,
     check_same_tokenizer,
     get_tokenizer,
     has_new_characters,
+    is_new,
     load_gigatoken,
     merges_of,
     same_tokenizer,
@@ -137,7 +137,7 @@ def test_batches_have_tiktokens_ids(hf, threads):
 
 
 def test_characters_that_only_gigatoken_knows_are_tiktokens(monkeypatch):
-    new = [chr(c) for c in np.flatnonzero(IS_NEW)]
+    new = [chr(c) for c in np.flatnonzero(is_new())]
     assert all(has_new_characters([b"a", f"é {c}".encode(), b""]) for c in new)
     assert not has_new_characters(["é中🙂\U00033480".encode()])
     monkeypatch.setattr(BatchEncoder, "encode_by_gigatoken", None)
@@ -164,8 +164,8 @@ def test_the_two_put_all_other_characters_into_the_same_class():
         ends = np.cumsum(np.where(ids < 256, 1, 2))
         joined = np.isin(places, ends[ids >= 256] - 2)
         differ = {c for c, is_joined in zip(chars, joined, strict=True) if is_joined != (c in chars_of_class)}
-        assert all(IS_NEW[ord(c)] for c in differ)
-        assert len(differ) < np.count_nonzero(IS_NEW)
+        assert all(is_new()[ord(c)] for c in differ)
+        assert len(differ) < np.count_nonzero(is_new())
 
 
 def test_a_wrong_id_makes_the_batch_tiktokens(monkeypatch, capsys):
