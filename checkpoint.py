@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, check
+from distributed import copy_like
 from files import remove_partial, whole_file
 from model import GPT, GPTConfig
 
@@ -182,8 +183,7 @@ def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], sc
             p = params[i]
             check_tensors(tensors, state_shapes(optimizer, p), f"{path}: the optimizer's state of {names[p]}:")
             copies[i] = {
-                name: value.to("cpu" if name == "step" else p.device, copy=True, memory_format=torch.contiguous_format)
-                for name, value in tensors.items()
+                name: value.clone() if name == "step" else copy_like(p, value) for name, value in tensors.items()
             }
         optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved["scaler"] and scaler.is_enabled():

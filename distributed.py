@@ -1,12 +1,13 @@
 """One process or many, and the hardware under each. Nothing else in the project knows about ranks."""
 
+import contextlib
 import math
 import os
 import platform
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.nn import functional as F
 
 from configurator import TORCHRUN, UserError, under_torchrun
 
@@ -66,6 +68,7 @@ class World:
         except ValueError as error:
             raise UserError(f"{', '.join(TORCHRUN[:3])} must be numbers, as torchrun sets them: {error}") from None
         self.is_main = self.rank == 0  # the one that prints and writes
+        self.sharded: list[nn.Module] = []  # the blocks of a sharded model, and last itself
         # torchrun makes a folder for each launch: its name tells a restarted group from another run's.
         folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self.launch = Path(folder).parent.parent.parent.name if folder else None
@@ -86,13 +89,64 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        """Share out all weights, and with them gradients and optimizer states, over all ranks, in place: FSDP2 (Zhao et
+        al. 2023, arXiv 2304.11277). Each block is whole only while it computes, and then in `dtype`; the rest of the
+        model stays whole from the forward to the backward pass. One process alone keeps its model as it is."""
+        if not dist.is_initialized():
+            return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which take a second to import
+
+        mesh = dist.init_device_mesh(self.device.type, (self.size,))
+        # Gradients are summed in float32. Inputs stay what autocast makes them: a rotation must not be rounded.
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        self.sharded = [*blocks, model]
+        for module in self.sharded:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    @contextlib.contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Inside, every rank has all weights, and may call any method of a sharded model as often as it likes. No
+        gradients here."""
+        for module in self.sharded:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in self.sharded:
+                module.set_reshard_after_forward(module is not self.sharded[-1], recurse=False)
+                module.reshard()
+
+    def full(self, value: Tensor) -> Tensor:
+        """The tensor itself, or all of one that is sharded: then all ranks must ask."""
+        return value.full_tensor() if is_sharded(value) else value
+
+    def whole(self, state: Any) -> Any:
+        """The state dicts that one process would have, from those of a sharded model: on rank 0, on the CPU. All ranks
+        must ask; without sharding it is the state itself."""
+        if not self.sharded:
+            return state
+        if isinstance(state, dict):
+            return {name: self.whole(value) for name, value in state.items()}
+        if isinstance(state, list):
+            return [self.whole(value) for value in state]
+        if not is_sharded(state):
+            return state
+        tensor = self.full(state)
+        return tensor.cpu() if self.is_main else None
+
     def wrap(self, model: nn.Module, *example: Tensor, warm_up: bool = False) -> nn.Module:
         """The model whose backward averages gradients over all ranks. `example` are inputs that give a loss.
 
         warm_up: run one forward and backward pass now, so that what fails to compile fails here.
         """
         wrapped = model
-        if dist.is_initialized():
+        if self.sharded:
+            warm_up = True  # it settles what belongs to which rank before anything else is asked of the model
+        elif dist.is_initialized():
             wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
             # DDP regroups its buckets after the first backward pass, and with them the order in which ranks are summed.
             # That pass is thrown away: otherwise a resumed run would differ from a straight one in the last bits.
@@ -103,7 +157,8 @@ class World:
         return wrapped
 
     def sync_gradients(self, wrapped: nn.Module, on: bool) -> None:
-        """Whether the next backward averages gradients: only a step's last micro-batch has to."""
+        """Whether the next backward averages gradients: only a step's last micro-batch has to. (A sharded model does it
+        every time: it has no room for whole gradients.)"""
         wrapped.require_backward_grad_sync = on
 
     def sum(self, values: Iterable[float]) -> list[float]:
@@ -124,16 +179,30 @@ class World:
             value /= self.size
         return value
 
-    def spread(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """function(batch), for a function that maps every row alone to one of the same shape: each rank computes a part
-        of the rows, and gets all results."""
+    def spread(self, function: Callable[[Tensor], Tensor], batch: Tensor, rows: int) -> Tensor:
+        """function(batch), for a function that maps every matrix of a batch (n, rows, columns) alone to one of the same
+        shape. Each rank computes a part of the matrices; all ranks get all results, or their own rows of all."""
         if self.size == 1:
             return function(batch)
-        share = math.ceil(len(batch) / self.size)
-        padded = torch.cat([batch, batch.new_zeros(share * self.size - len(batch), *batch.shape[1:])])
+        n = math.ceil(len(batch) / self.size)  # matrices a rank computes
+        if self.sharded:
+            return self.spread_rows(function, batch, rows, n)
+        padded = torch.cat([batch, batch.new_zeros(n * self.size - len(batch), *batch.shape[1:])])
         results = torch.empty(padded.shape, dtype=padded.dtype, device=padded.device)
-        dist.all_gather(list(results.split(share)), function(padded[self.rank * share :][:share]).contiguous())
+        dist.all_gather(list(results.split(n)), function(padded[self.rank * n :][:n]).contiguous())
         return results[: len(batch)]
+
+    def spread_rows(self, function: Callable[[Tensor], Tensor], batch: Tensor, rows: int, n: int) -> Tensor:
+        """The same where each rank has its own rows of all matrices, the first ceil(rows / size) on rank 0."""
+        share = math.ceil(rows / self.size)
+        padding = (0, 0, 0, share - batch.size(1), 0, n * self.size - len(batch))
+        mine = F.pad(batch, padding)  # (size * n, share, columns)
+        dist.all_to_all_single(parts := torch.empty_like(mine), mine)  # size parts of n matrices
+        matrices = parts.unflatten(0, (self.size, n)).transpose(0, 1).flatten(1, 2)  # (n, size * share, columns)
+        results = F.pad(function(matrices[:, :rows]), (0, 0, 0, self.size * share - rows))
+        parts = results.unflatten(1, (self.size, share)).transpose(0, 1).flatten(0, 1).contiguous()
+        dist.all_to_all_single(mine, parts)
+        return mine[: len(batch), : batch.size(1)]
 
     def on_main(self, decide: Callable[[], Any]) -> Any:
         """Run `decide` on rank 0 alone: what it returns, on every rank; a UserError it raises there is every rank's."""
@@ -209,6 +278,24 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def is_sharded(value: object) -> bool:
+    return hasattr(value, "full_tensor")  # importing its type, DTensor, would take a second
+
+
+def own_rows(p: Tensor) -> Tensor:
+    """A matrix or vector; if it is sharded, this rank's rows of it, which share its memory."""
+    return p.to_local() if is_sharded(p) else p
+
+
+def copy_like(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of a whole tensor, on p's device; if p is sharded, of this rank's rows, sharded as p."""
+    if not is_sharded(p):
+        return value.to(p.device, copy=True, memory_format=torch.contiguous_format)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from distributed import own_rows
+
 NEWTON_SCHULZ_DTYPE = torch.bfloat16  # torch's
 Function = Callable[[Tensor], Tensor]
 
@@ -31,18 +33,18 @@ def learning_rate(
     return peak + (low - peak) * progress
 
 
-def alone(function: Function, batch: Tensor) -> Tensor:
+def alone(function: Function, batch: Tensor, rows: int) -> Tensor:
     return function(batch)
 
 
 def make_optimizers(
     model: nn.Module, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float],
-    spread: Callable[[Function, Tensor], Tensor] = alone,
+    spread: Callable[[Function, Tensor, int], Tensor] = alone,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """The optimizers of a GPT: every parameter is in exactly one group of one of them.
 
     Weight decay on matrices only, not on biases and gains. muon takes the blocks' matrices; AdamW takes the embeddings,
-    the head and all vectors. spread(function, batch) gives function(batch), where each process may do a part of it.
+    the head and all vectors. spread is World.spread: it shares the work of muon out among processes.
     """
     params = dict(model.named_parameters())
     hidden = [p for name, p in params.items() if name.startswith("h.") and p.dim() == 2] if optimizer == "muon" else []
@@ -81,27 +83,28 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, cols), params in shapes.items():
-                update = torch.empty(len(params), rows, cols, dtype=NEWTON_SCHULZ_DTYPE, device=params[0].device)
+                weights = [own_rows(p) for p in params]
+                update = weights[0].new_empty(len(weights), *weights[0].shape, dtype=NEWTON_SCHULZ_DTYPE)
                 torch._foreach_copy_(update.unbind(), self.momentum(params, group["momentum"]))
-                update = update.mT if rows > cols else update
-                update = self.spread(lambda x, group=group: orthogonalize(x, group), update)
-                update = (update.mT if rows > cols else update).contiguous().float()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, cols)))
+                update = self.spread(lambda x, group=group: orthogonalize(x, group), update, rows).float()
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, cols)))
 
     def momentum(self, params: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's: the running mean of the gradients, and the gradient once more."""
-        grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [own_rows(p.grad) for p in params]
+        means = [own_rows(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         return torch._foreach_lerp(grads, means, momentum)
 
 
 def orthogonalize(x: Tensor, group: dict) -> Tensor:
-    """The Newton-Schulz iteration of torch's Muon on every matrix of x, (n, rows <= cols, cols)."""
+    """The Newton-Schulz iteration of torch's Muon on every matrix of x, (n, rows, cols)."""
+    if x.size(-2) > x.size(-1):
+        return orthogonalize(x.mT, group).mT.contiguous()
     a, b, c = group["ns_coefficients"]
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])  # the spectral norm is at most 1
     for _ in range(group["ns_steps"]):

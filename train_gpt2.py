@@ -49,6 +49,7 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
     cudnn_attention: bool = False  # on NVIDIA's H100 and newer, without dropout: cuDNN's attention, not flash
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or a part (fsdp: less memory, slower)
     activation_checkpointing: bool = False  # keep a block's input only: less memory, a quarter more computing
     chunked_loss: bool = False  # never hold the logits of all positions: less memory
     deterministic: bool = False  # the same bits in every run, on GPUs too (slower); CPU runs always have them
@@ -107,13 +108,15 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0 and below 2^31")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
+        if self.parallel == "fsdp" and self.optimizer == "adafactor":
+            raise ValueError("optimizer = 'adafactor' needs whole matrices; use --parallel=ddp, or adamw or muon")
         if self.target_val_loss is not None and not self.val_interval:
             raise ValueError("target_val_loss is looked at in evaluations, but val_interval = 0 means there are none")
 
 
 # Options that may differ when a run is resumed: where, on what, how long, how often. All others make another run.
 MAY_CHANGE = {
-    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic",
+    "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "parallel",
     "activation_checkpointing", "chunked_loss", "batch_size", "max_steps", "epochs", "max_hours", "target_loss",
     "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data", "sample_interval",
     "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
@@ -272,7 +275,7 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    norm, (loss, stop, seconds) = norm.item(), totals.tolist()  # the step's one wait for the device
+    norm, (loss, stop, seconds) = world.full(norm).item(), totals.tolist()  # the step's one wait for the device
     lr = learning_rate(
         step, config.schedule, config.learning_rate, config.min_lr, plan.warmup_steps, plan.max_steps,
         config.decay_fraction,
@@ -310,7 +313,8 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         import hellaswag
 
         max_tokens = config.batch_size * config.seq_len
-        score = hellaswag.score(run.model, run.examples, max_tokens, world, run.autocast, stop=run.stop)
+        with world.unsharded():
+            score = hellaswag.score(run.model, run.examples, max_tokens, world, run.autocast, stop=run.stop)
         if score is None:
             return None, True
         acc, acc_norm, n = score
@@ -363,10 +367,11 @@ def sample(run: Run) -> tuple[str, str | None]:
     run.model.eval()
     text, problem = run.start.config.sample_start, None
     try:
-        for [piece] in complete(run.model, get_tokenizer(run.start.tokenizer), text, 1, 200):
-            text += piece
-            if run.world.any(run.stop):
-                break
+        with run.world.unsharded():
+            for [piece] in complete(run.model, get_tokenizer(run.start.tokenizer), text, 1, 200):
+                text += piece
+                if run.world.any(run.stop):
+                    break
     except FloatingPointError as error:  # the weights have become useless, which the loss shows too
         problem = str(error)
     run.model.train()
@@ -382,7 +387,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
     if val_loss is not None and val_loss < state.best["val_loss"]:
         state.best = {"step": state.step, "val_loss": val_loss}
     contents = {
-        "model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "model": run.world.whole(run.model.state_dict()),
+        "optimizers": run.world.whole([optimizer.state_dict() for optimizer in run.optimizers]),
         "scaler": run.scaler.state_dict(), "data": run.start.guard.record, **asdict(state), **identity(run.start),
     }  # fmt: skip
 
@@ -431,8 +437,10 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     if start.weights:
         checkpoint.load_weights(model, start.weights, start.path or config.init_from)
     model.activation_checkpointing, model.chunked_loss = config.activation_checkpointing, config.chunked_loss
-    model.to(world.device)
     dtype = pick_dtype(config.dtype, world.device)
+    if config.parallel == "fsdp":
+        world.shard(model, model.h, dtype)
+    model.to(world.device)
     in_dtype = autocast(dtype, world.device)
     optimizers = make_optimizers(
         model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
@@ -443,7 +451,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # cuDNN rounds dropout
     compiled = compiles(config, world.device)
     if compiled:
-        model.compile()
+        for module in world.sharded[:-1] or [model]:  # what goes on between sharded blocks cannot be compiled
+            module.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with in_dtype:
         wrapped = world.wrap(model, *example, warm_up=compiled)

@@ -18,7 +18,7 @@ def test_alone():
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.on_main(lambda: "x") == "x"
-    assert world.spread(lambda x: x + 1, torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
+    assert world.spread(lambda x: x + 1, torch.zeros(3, 1, 1), rows=1).tolist() == [[[1.0]]] * 3
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
 
@@ -38,7 +38,7 @@ def three_processes():
         world.on_main(mistake)
     for n, parts in ((7, 3), (6, 2), (1, 1)):  # 7 do not divide by 3
         batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
-        assert torch.equal(world.spread(lambda x, seen=seen: seen.append(len(x)) or x * 2, batch), batch * 2)
+        assert torch.equal(world.spread(lambda x, seen=seen: seen.append(len(x)) or x * 2, batch, rows=2), batch * 2)
         assert seen == [parts]
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)

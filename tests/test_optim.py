@@ -97,7 +97,7 @@ def test_adafactor_against_transformers(scale):
 
 def in_parts(parts):
     """A spread over so many processes, one after another."""
-    return lambda function, batch: torch.cat([function(x) for x in batch.tensor_split(parts)])
+    return lambda function, batch, rows: torch.cat([function(x) for x in batch.tensor_split(parts)])
 
 
 def against(ours, theirs, params, n=20):
