@@ -88,7 +88,8 @@ def call(script, *args, processes=None):
 
 
 def call_processes(main, args, processes):
-    importlib.import_module("torch._dynamo")  # which DDP imports: here once, and not in each process
+    for name in ("torch._dynamo", "torch.distributed.fsdp"):  # what they will import: here once, and not in each
+        importlib.import_module(name)
     with socket.create_server(("127.0.0.1", 0)) as server:
         env = dict.fromkeys(TORCHRUN, str(processes)) | {"MASTER_PORT": str(server.getsockname()[1])}
         env |= {"MASTER_ADDR": "127.0.0.1"}

@@ -40,6 +40,14 @@ def three_processes():
         batch, seen = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(n)).bfloat16().mT, []
         assert torch.equal(world.spread(lambda x, seen=seen: seen.append(len(x)) or x * 2, batch, rows=2), batch * 2)
         assert seen == [parts]
+    for n, rows in ((7, 8), (2, 3), (3, 2)):  # of 2 rows the last rank has none
+        batch = torch.randn(n, rows, 5, generator=torch.Generator().manual_seed(n)).bfloat16()
+        mine = [*batch.chunk(3, dim=1), batch[:, :0]][world.rank]  # as FSDP2 does
+        world.sharded = ["a model"]
+        ours = world.spread(lambda x: x.cumsum(1) + x.amax((1, 2), keepdim=True), mine, rows)
+        whole = batch.cumsum(1) + batch.amax((1, 2), keepdim=True)
+        assert torch.equal(ours, [*whole.chunk(3, dim=1), whole[:, :0]][world.rank]), (n, rows)
+    world.sharded = []
     torch.manual_seed(world.rank)  # DDP starts all ranks from rank 0's weights
     model = torch.nn.Linear(3, 1, bias=False)
     wrapped = world.wrap(model, torch.ones(1, 3))
