@@ -450,9 +450,12 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
         checkpoint.restore(start.saved, model, optimizers, scaler)
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention and not gpt_config.dropout)  # cuDNN rounds dropout
     compiled = compiles(config, world.device)
-    if compiled:
-        for module in world.sharded[:-1] or [model]:  # what goes on between sharded blocks cannot be compiled
-            module.compile()
+    if compiled and world.sharded:  # blocks are gathered between compiled parts
+        for block in model.h:
+            block.compile()
+        model.loss = torch.compile(model.loss)
+    elif compiled:
+        model.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with in_dtype:
         wrapped = world.wrap(model, *example, warm_up=compiled)
