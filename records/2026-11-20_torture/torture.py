@@ -44,6 +44,7 @@ class TortureConfig:
     kills: int = 50
     processes: int = 1
     optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     steps: int = 300
@@ -212,10 +213,10 @@ def command(config: TortureConfig, folder: str, out: Path, restarts: int) -> lis
     return [
         *launcher, str(ROOT / "train_gpt2.py"), f"--data_dir={folder}/data", f"--out_dir={out}", "--resume=True",
         "--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=128", "--dropout=0.2", "--device=cpu",
-        f"--compile={config.compile}", f"--dtype={config.dtype}", f"--optimizer={config.optimizer}", "--batch_size=2",
-        "--total_batch_size=512", "--learning_rate=3e-3", "--warmup_steps=10", f"--max_steps={config.steps}",
-        "--log_interval=1", "--val_interval=10", "--val_tokens=2000", "--sample_interval=50", "--sample_start=the ",
-        "--checkpoint_interval=3",
+        f"--compile={config.compile}", f"--dtype={config.dtype}", f"--optimizer={config.optimizer}",
+        f"--parallel={config.parallel}", "--batch_size=2", "--total_batch_size=512", "--learning_rate=3e-3",
+        "--warmup_steps=10", f"--max_steps={config.steps}", "--log_interval=1", "--val_interval=10",
+        "--val_tokens=2000", "--sample_interval=50", "--sample_start=the ", "--checkpoint_interval=3",
     ]  # fmt: skip
 
 
