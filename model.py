@@ -159,8 +159,8 @@ class GPT(nn.Module):
         return self.lm_head(x)  # (B, T, V)
 
     def compile(self, **options) -> None:
-        """As nn.Module.compile, but a chunk of the loss is a graph of its own: in one with the others the compiler would
-        fuse them, and hold the logits of all at once."""
+        """As nn.Module.compile, but a chunk of the loss is a graph of its own: in one graph the compiler would fuse all
+        chunks, and hold their logits at once."""
         super().compile(**options)
         if self.chunked_loss:
             self.loss = torch.compile(self.loss, **options)
