@@ -12,8 +12,8 @@ step, on CUDA as the device went through them, elsewhere as Python did:
     data       until a micro-batch is there           backward   gradients, and averaging them over processes
     forward    the losses                             optimizer  the update
     waiting    for the losses of other processes, the gradient's norm, and Python to know both
-Its memory is the most that tensors took on CUDA, elsewhere the most that the process had; --memory=True computes it from
-shapes instead, on any machine, for a CUDA card unless --device names something else. Not for Windows.
+Its memory is the most that tensors took on CUDA, elsewhere the most that the process had; --memory=True computes that
+from shapes, on any machine: for a CUDA card, unless --device names something else. Not for Windows.
 """
 
 import json
@@ -44,7 +44,7 @@ from metrics import Metrics
 from model import GPTConfig
 from shards import shard_header
 from start import compiles, look, starting_point
-from train_gpt2 import Run, TrainConfig, build, train_step
+from train_gpt2 import Run, TrainConfig, advice_on_memory, build, train_step
 
 HERE = Path(__file__).parent
 CARDS = (12, 24, 40, 80)  # GB
@@ -87,8 +87,9 @@ def main() -> int:
     world = World(config.device)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        run = build_run(config, gpt_config, sources, world, Path(folder))
-        result = measure(bench, run, built=time.perf_counter() - began)
+        with advice_on_memory(config):
+            run = build_run(config, gpt_config, sources, world, Path(folder))
+            result = measure(bench, run, built=time.perf_counter() - began)
     world.close()
     if world.is_main:
         mfu = f" | mfu {result['mfu']:.1%}" if result["mfu"] else ""
