@@ -84,6 +84,8 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 def optimizer_state(shapes: dict[str, torch.Size], optimizer: str) -> int:
     """Bytes of the state behind one step."""
+    if optimizer == "none":
+        return 0
     if optimizer == "adafactor":
         return sum(4 * (1 + (sum(s) if len(s) > 1 else s.numel())) for s in shapes.values())  # rows, columns, a step
     return sum(
