@@ -142,6 +142,7 @@ def kept_by_block(config: GPTConfig, setting: Setting) -> dict[str, float]:
         "c_fc and c_gate's input": (2 if cast and config.mlp == "swiglu" else 1) * w * C,
         "the MLP": mlp_kept(config, setting) * H,
         "both norms' statistics": 16,
+        "the norms' results before their gains": 2 * gain_kept(config, setting),
     }
     if config.dropout:
         mask = 1 if on_cuda else w
@@ -149,6 +150,11 @@ def kept_by_block(config: GPTConfig, setting: Setting) -> dict[str, float]:
         if not on_cuda:  # no flash attention there: weights, and masks, of every pair of positions
             kept["attention's weights"] = (4 + w + w) * config.n_head * setting.seq_len
     return kept
+
+
+def gain_kept(config: GPTConfig, setting: Setting) -> int:
+    """Bytes a token of what a norm multiplies by its gain: torch's RMSNorm keeps it where it is no single kernel."""
+    return 4 * config.n_embd if config.norm == "rmsnorm" and setting.device != "cuda" and not setting.compiled else 0
 
 
 def mlp_kept(config: GPTConfig, setting: Setting) -> int:
@@ -176,7 +182,7 @@ def kept_around_blocks(config: GPTConfig, setting: Setting) -> dict[str, float]:
     return {
         "ids and targets": 16,
         "dropout's mask": (1 if on_cuda else 4) * C if config.dropout else 0,
-        "ln_f's input": (residual if setting.compiled else 4) * C,
+        "ln_f's input": (residual if setting.compiled else 4) * C + gain_kept(config, setting),
         "lm_head's input": (4 if setting.chunked_loss and casts(setting) else setting.dtype.itemsize) * C,
     }
 
