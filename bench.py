@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
     python bench.py config/gpt2_124m.py --compare=HEAD~3               # that commit's code too, in turn
     python bench.py config/gpt2_124m.py --against=--optimizer=muon     # other options too, in turn
+    python bench.py config/gpt2_124m.py --memory=True --processes=8    # before renting: what fits which card
 
 It is train_gpt2.py's own step on its own loader, which reads data_dir or, where a config names a folder that is not
 there, random tokens. Nothing of a run is written. The last line printed is one JSON object. Its parts are mean ms a
@@ -11,7 +12,8 @@ step, on CUDA as the device went through them, elsewhere as Python did:
     data       until a micro-batch is there           backward   gradients, and averaging them over processes
     forward    the losses                             optimizer  the update
     waiting    for the losses of other processes, the gradient's norm, and Python to know both
-Its memory is the most that tensors took on CUDA, elsewhere the most that the process had. Not for Windows.
+Its memory is the most that tensors took on CUDA, elsewhere the most that the process had; --memory=True computes that
+from shapes, on any machine: for a CUDA card, unless --device names something else. Not for Windows.
 """
 
 import json
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -34,15 +37,25 @@ import numpy as np
 import torch
 
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
-from dataloader import train_batches
+from dataloader import read_meta, train_batches
 from distributed import World, hardware, machine, pick_dtype
+from memory import Foreseen, Setting, foresee
 from metrics import Metrics
 from model import GPTConfig
 from shards import shard_header
-from start import look
-from train_gpt2 import Run, TrainConfig, build, train_step
+from start import compiles, look, starting_point
+from train_gpt2 import Run, TrainConfig, advice_on_memory, build, train_step
 
 HERE = Path(__file__).parent
+CARDS = (12, 24, 40, 80)  # GB
+CARD_SHARE = 0.9  # the rest is for CUDA's context, NCCL, what lies unused between tensors, and this arithmetic's error
+SAVING = {
+    name: dict(chunked_loss=chunked, activation_checkpointing=checkpointing)
+    for name, chunked, checkpointing in (
+        ("plain", False, False), ("chunked_loss", True, False), ("activation_checkpointing", False, True),
+        ("both", True, True),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,8 @@ class BenchConfig:
     compare: str | None = None  # a commit: its code is measured too
     against: str | None = None  # other options, measured too: "config/y.py --name=value"; a file replaces those given
     rounds: int = 3  # with compare or against: how often each of the two is measured, in turn
-    processes: int | None = None  # with compare or against: torchrun's, in place of starting this script with it
+    processes: int | None = None  # with compare, against or memory: torchrun's, in place of starting this with it
+    memory: bool = False  # measure nothing: foresee what a process takes, and the largest batch_size for some cards
 
     def __post_init__(self):
         at_least(self, 1, "steps", "rounds", "processes")
@@ -67,11 +81,15 @@ def main() -> int:
     if bench.compare or bench.against:
         print(json.dumps(compare(bench, sys.argv[1:])))
         return 0
+    if bench.memory:
+        print(json.dumps(foresee_memory(config, gpt_config, sources, bench.processes or 1)))
+        return 0
     world = World(config.device)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        run = build_run(config, gpt_config, sources, world, Path(folder))
-        result = measure(bench, run, built=time.perf_counter() - began)
+        with advice_on_memory(config):
+            run = build_run(config, gpt_config, sources, world, Path(folder))
+            result = measure(bench, run, built=time.perf_counter() - began)
     world.close()
     if world.is_main:
         mfu = f" | mfu {result['mfu']:.1%}" if result["mfu"] else ""
@@ -196,6 +214,45 @@ class Clock:
         for (part, begin), (_, end) in pairwise(self.marks):
             ms[part] += begin.elapsed_time(end) if self.on_cuda else 1e3 * (end - begin)
         return ms
+
+
+def foresee_memory(config: TrainConfig, gpt_config: GPTConfig, sources: dict[str, str], processes: int) -> dict:
+    """Print what a process takes, and the largest batch_size for some cards; what the JSON line says. Raises
+    UserError."""
+    if config.init_from != "scratch":
+        raise UserError(f"init_from = {config.init_from!r}: memory is foreseen from sizes; give --n_layer and the like")
+    if os.path.isdir(config.data_dir):
+        gpt_config, _ = starting_point({}, config, gpt_config, sources, read_meta(config.data_dir))
+    device = "cuda" if config.device == "auto" else config.device.partition(":")[0]
+    dtype = {"cuda": "bfloat16"}.get(device, "float32") if config.dtype == "auto" else config.dtype
+    T = config.seq_len or gpt_config.block_size
+
+    def foreseen(batch_size: int, **options: bool) -> Foreseen:
+        alone = processes == 1 and config.total_batch_size in (None, batch_size * T)
+        setting = Setting(
+            batch_size, T, config.optimizer, getattr(torch, dtype), compiles(config, torch.device(device)), device,
+            config.activation_checkpointing, config.chunked_loss, accumulates=not alone,
+        )  # fmt: skip
+        return foresee(gpt_config, replace(setting, **options))
+
+    def total(batch_size: int, **options: bool) -> float:  # GB
+        return foreseen(batch_size, **options).total / 1e9
+
+    parts, fits = asdict(foreseen(config.batch_size)), {}
+    print(f"batch_size {config.batch_size} x seq_len {T} in {dtype} on {device}, foreseen from shapes, not measured:")
+    for part, size in parts.items():
+        print(f"{part:>12} {size / 1e9:8.2f} GB" + (" at most at one moment" if part == "total" else ""))
+    print(f"the largest batch_size that takes {CARD_SHARE:.0%} of a card, and its GB:")
+    print("       ", *(f"{name:>26}" for name in SAVING))
+    per_step = (config.total_batch_size or 0) // (T * processes)  # sequences
+    sizes = [n for n in range(1, 2049) if not per_step or per_step % n == 0]
+    for card in CARDS:
+        fits[card] = {}
+        for name, options in SAVING.items():
+            fitting = bisect_right(sizes, CARD_SHARE * card, key=lambda n, options=options: total(n, **options))
+            fits[card][name] = (sizes[fitting - 1], total(sizes[fitting - 1], **options)) if fitting else None
+        print(f"{card:>4} GB", *(f"{f'{fit[0]} ({fit[1]:.1f})' if fit else '-':>26}" for fit in fits[card].values()))
+    return dict(memory=parts, fits=fits, config=asdict(config), gpt_config=asdict(gpt_config), processes=processes)
 
 
 def compare(bench: BenchConfig, args: list[str]) -> dict:

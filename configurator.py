@@ -85,9 +85,9 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
         status = 130  # as a shell calls it
     except Exception as error:
         if is_out_of_memory(error):
-            wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))  # torch's words
-            more = f" ({wanted[1]} more were wanted)" if wanted else ""
-            print(f"error: out of memory{more}; use smaller batches, or a smaller model", file=sys.stderr, flush=True)
+            print(
+                f"error: {out_of_memory(error)}; use smaller batches, or a smaller model", file=sys.stderr, flush=True
+            )
             status = 2
         elif under_torchrun():
             traceback.print_exc()
@@ -109,7 +109,18 @@ def under_torchrun() -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python or torch raised it because memory ran out, on a GPU or on the CPU."""
     names = [cls.__name__ for cls in type(error).__mro__]
-    return "OutOfMemoryError" in names or "MemoryError" in names or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "not enough memory")  # of torch's allocator on the CPU
+    return "OutOfMemoryError" in names or "MemoryError" in names or any(text in str(error) for text in texts)
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """'out of memory (2.00 GiB more were wanted, of a card of 23.64 GiB)', as far as torch's words tell; else None."""
+    if not is_out_of_memory(error):
+        return None
+    wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
+    card = re.search(r"total capacity of ([\d.]+ ?\w+)", str(error))
+    of = f", of a card of {card[1]}" if card else ""
+    return "out of memory" + (f" ({wanted[1]} more were wanted{of})" if wanted else "")
 
 
 def configure(*classes: type, argv: list[str] | None = None) -> tuple:

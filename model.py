@@ -153,12 +153,24 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache)  # (B, T, C)
         if targets is not None and self.chunked_loss:
-            chunks = zip(x.flatten(0, 1).chunk(LOSS_CHUNKS), targets.flatten().chunk(LOSS_CHUNKS), strict=True)
-            sums = [checkpoint(self.loss, *chunk, "sum", use_reentrant=False) for chunk in chunks]
-            return torch.stack(sums).sum() / (targets >= 0).sum()
+            return self.loss_in_chunks(x.flatten(0, 1), targets.flatten())
         if targets is not None:
             return self.loss(x.flatten(0, 1), targets.flatten(), "mean")
         return self.lm_head(x)  # (B, T, V)
+
+    def compile(self, **options) -> None:
+        """As nn.Module.compile, but a chunk of the loss is a graph of its own: in one graph the compiler would fuse all
+        chunks, and hold their logits at once."""
+        super().compile(**options)
+        if self.chunked_loss:
+            self.loss = torch.compile(self.loss, **options)
+            self.loss_in_chunks = torch.compiler.disable(self.loss_in_chunks)
+
+    def loss_in_chunks(self, x: Tensor, targets: Tensor) -> Tensor:
+        """As loss(..., "mean"), each chunk's logits computed once more in the backward pass."""
+        chunks = zip(x.chunk(LOSS_CHUNKS), targets.chunk(LOSS_CHUNKS), strict=True)
+        sums = [checkpoint(self.loss, *chunk, "sum", use_reentrant=False) for chunk in chunks]
+        return torch.stack(sums).sum() / (targets >= 0).sum()
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Hidden states (N, C) and targets (N,) -> cross entropy in nats, -1 left out."""

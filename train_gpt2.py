@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import checkpoint
-from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
+from configurator import PathStr, UserError, at_least, cli, configure, out_of_memory, under_torchrun
 from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
@@ -184,7 +184,8 @@ def main() -> int:
     examples, no_hellaswag = load_hellaswag(start.config, start.tokenizer, start.gpt_config.block_size, world)
 
     # Build, then begin the record of the run.
-    run = build(start, world, log, examples)
+    with advice_on_memory(start.config):
+        run = build(start, world, log, examples)
     start.release()
     batches = train_batches(
         start.train_data, start.config.seed, start.plan.rows, start.config.batch_size,
@@ -193,7 +194,8 @@ def main() -> int:
     world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to))
     announce(run, state, no_hellaswag)
     gc.enable()
-    status = train(run, state, batches)
+    with advice_on_memory(start.config, begun=True):
+        status = train(run, state, batches)
     batches.close()
     log.close()
     world.close()
@@ -509,6 +511,24 @@ def log_step(run: Run, step: int, result: Result, dt: float) -> None:
         f"{f'{memory:.1f} GB | ' if memory else ''}"
         f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}"
     )
+
+
+@contextlib.contextmanager
+def advice_on_memory(config: TrainConfig, begun: bool = False) -> Iterator[None]:
+    """Turns running out of memory into a UserError that says what was asked and what to do, on this process alone."""
+    try:
+        yield
+    except Exception as error:
+        problem = out_of_memory(error)
+        if not problem:
+            raise
+        advice = [f"--batch_size={config.batch_size // 2}"] if config.batch_size > 1 else []
+        saving = ("activation_checkpointing", "chunked_loss")
+        advice += [f"--{name}=True" for name in saving if not getattr(config, name)]
+        asked = f"batch_size {config.batch_size}" + (f" x seq_len {config.seq_len}" if config.seq_len else "")
+        use = " or ".join(advice) or "a smaller model or seq_len"
+        go_on = "; with any of them this run goes on by --resume=True" if begun and advice else ""
+        raise UserError(f"{problem} at {asked}; use {use}{go_on}", alone=True) from None
 
 
 def warn_of_long_steps(log: Metrics, seconds: float) -> None:

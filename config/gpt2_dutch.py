@@ -9,7 +9,7 @@ vocab_size = 52000
 block_size = 512
 dropout = 0.1
 
-batch_size = 8  # on each of 16 GPUs, twice a step
+batch_size = 8  # on each of 16 GPUs, twice a step; 4 GB: foreseen, not measured
 total_batch_size = 131072  # 256 sequences
 max_steps = 93192
 

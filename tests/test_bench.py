@@ -10,6 +10,9 @@ import torch
 from conftest import MODEL, ROOT, TRAIN, call, metrics
 
 import bench
+from memory import Setting, foresee, kept_around_blocks, kept_by_block, optimizer_state, parameter_shapes
+from model import GPT, GPTConfig
+from optim import make_optimizers
 
 FLAGS = [*MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256"]
 PARTS = ["data", "forward", "backward", "waiting", "optimizer"]
@@ -160,3 +163,68 @@ def test_mistakes_are_one_line_and_status_2(flags, said):
     done = call("bench.py", *FLAGS, "--vocab_size=300", "--steps=1", "--warmup=0", *flags)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
+        dict(mlp="relu2", bias=False),
+        dict(qk_norm=True, tie_weights=False),
+        dict(pos="rope", qk_norm=True),
+    ],
+    ids=lambda flags: "-".join(flags) or "gpt2",
+)
+def test_what_the_backward_pass_keeps_is_foreseen(flags):
+    config = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=64, **flags)
+    model, sizes = GPT(config), {}
+    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in params:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    idx, targets = torch.randint(300, (2, 4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(idx, targets)
+    setting = Setting(4, 64, dtype=torch.float32, compiled=False, device="cpu")
+    block, around = kept_by_block(config, setting), kept_around_blocks(config, setting)
+    foreseen = 4 * 64 * (3 * sum(block.values()) + sum(around.values()) + 4 * 300)  # and the log softmax
+    assert sum(sizes.values()) == pytest.approx(foreseen, rel=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_the_optimizers_state_is_foreseen_to_the_byte(optimizer):
+    config = GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config)
+    idx, targets = torch.randint(100, (2, 1, 16))
+    model(idx, targets).backward()
+    states = []
+    for opt in make_optimizers(model, optimizer, 1e-3, 0.1, (0.9, 0.95)):
+        opt.step()
+        states += [tensor.nbytes for state in opt.state.values() for tensor in state.values()]
+    assert optimizer_state(parameter_shapes(config), optimizer) == sum(states)
+    foreseen = foresee(config, Setting(1, 16, optimizer))
+    assert foreseen.parameters == foreseen.gradients == sum(p.nbytes for p in model.parameters())
+
+
+def test_memory_needs_neither_data_nor_a_card(tmp_path):
+    flags = ["config/gpt2_medium.py", f"--out_dir={tmp_path / 'run'}", "--memory=True", "--processes=2"]
+    plain, both = (
+        result_of(call("bench.py", *flags, *more))
+        for more in ([], ["--activation_checkpointing=True", "--chunked_loss=True"])
+    )
+    assert plain["memory"]["parameters"] == 4 * 406_212_608
+    assert both["memory"]["total"] < plain["memory"]["total"]
+    assert plain["fits"] == both["fits"]
+    (batch_size, gb), (larger, _) = plain["fits"]["24"]["plain"], plain["fits"]["24"]["both"]
+    assert (
+        gb <= 0.9 * 24 < result_of(call("bench.py", *flags, f"--batch_size={batch_size + 1}"))["memory"]["total"] / 1e9
+    )
+    assert larger > batch_size
+    assert not (tmp_path / "run").exists()
+    done = call("bench.py", "--memory=True", "--init_from=gpt2")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache, one_product
 
@@ -302,3 +303,20 @@ def test_what_they_keep_for_the_backward_pass():
     plain, chunked = kept(), kept(chunked_loss=True)
     assert plain - chunked >= 0.99 * 4 * B * T * V
     assert kept(chunked_loss=True, activation_checkpointing=True) < 4 * B * T * C * (4 + 6) + 10_000
+
+
+def test_a_compiled_chunk_of_the_loss_is_a_graph_of_its_own():
+    losses = []  # of each graph
+
+    def backend(graph, inputs):
+        losses.append(sum(node.target is F.cross_entropy for node in graph.graph.nodes))
+        return graph
+
+    eager, compiled = make(), make()
+    eager.chunked_loss = compiled.chunked_loss = True
+    compiled.compile(backend=backend)
+    for model in (eager, compiled):
+        model(*batch()).backward()
+    assert (max(losses), sum(losses)) == (1, 1)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

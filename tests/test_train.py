@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -520,3 +521,52 @@ def test_example_of_a_batch_is_two_tensors(data_dir, tmp_path, monkeypatch):
     assert x.shape == y.shape == (2, 32)
     assert x.data_ptr() != y.data_ptr()
     assert x.stride() == y.stride() == (32, 1)
+
+
+CUDA_IS_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.09"
+
+
+CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "size"),
+    [
+        (torch.OutOfMemoryError, CUDA_IS_FULL, "(2.00 GiB more were wanted, of a card of 23.64 GiB)"),
+        (RuntimeError, CPU_IS_FULL, "(8 bytes more"),
+        (RuntimeError, CPU_IS_FULL.replace("can't allocate", "not enough"), "(8 bytes more"),
+    ],
+)
+def test_out_of_memory_is_one_line_and_the_run_goes_on(data_dir, tmp_path, monkeypatch, kind, text, size):
+    forward = GPT.forward
+
+    def full(self, idx, *args):
+        if len(idx) > 1 and self.training:
+            raise kind(text)
+        return forward(self, idx, *args)
+
+    monkeypatch.setattr(GPT, "forward", full)
+    done = train(data_dir, tmp_path / "run", *TRAIN, "--max_steps=2", "--chunked_loss=True")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"out of memory {size}" in done.stderr
+    assert "at batch_size 2 x seq_len 32; use --batch_size=1 or --activation_checkpointing=True; with" in done.stderr
+    done = call("train_gpt2.py", f"--out_dir={tmp_path / 'run'}", "--resume=True", "--batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in metrics(tmp_path / "run", "train")] == [1, 2]
+
+
+def test_one_process_out_of_memory_is_seen_before_the_run_begins(data_dir, tmp_path, monkeypatch):
+    forward = GPT.forward
+
+    def full(self, *args):
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError(CUDA_IS_FULL)
+        return forward(self, *args)
+
+    monkeypatch.setattr(GPT, "forward", full)
+    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *TRAIN, "--max_steps=2"]
+    done = call("train_gpt2.py", *flags, processes=2)
+    assert done.returncode == 2
+    assert "error: out of memory (2.00 GiB more" in done.stderr
+    assert "resume" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
