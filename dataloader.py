@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configurator import UserError
 from files import read_json, read_text
-from shards import HEADER_BYTES, find_shards, shard_checksum, shard_tokens
+from shards import HEADER_BYTES, find_parts, find_shards, join_command, shard_checksum, shard_tokens
 
 AGAIN = "prepare the data again"
 
@@ -42,6 +42,9 @@ def read_meta(data_dir: str) -> dict:
         check_finished(data_dir)
         return {}
     meta = read_json(path, AGAIN)
+    if isinstance(meta, dict) and meta.get("part"):
+        join = join_command(Path(data_dir).resolve().parent)
+        raise UserError(f"{data_dir} is part {meta['part']} of a preparation; once all parts are there: {join}")
     counts = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # some may miss
     for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
         value = meta.get(name, 0 if name in counts else None) if isinstance(meta, dict) else None
@@ -60,12 +63,14 @@ def read_meta(data_dir: str) -> dict:
 
 
 def check_finished(data_dir: str) -> None:
-    """Raises UserError if fineweb.py was stopped before it wrote meta.json."""
+    """Raises UserError if fineweb.py was stopped before it wrote meta.json, or has made only parts yet."""
     path = Path(data_dir, "progress.json")
     if path.exists():
         again = "run its fineweb.py command again"
         finish = read_json(path, again).get("command", again)
         raise UserError(f"{data_dir}: the preparation of this data is not finished; finish it: {finish}")
+    if find_parts(data_dir):
+        raise UserError(f"{data_dir}: the parts of this data are not joined yet: {join_command(data_dir)}")
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
