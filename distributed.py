@@ -183,6 +183,8 @@ class World:
     def from_main(self, decide: Callable[[], Any]) -> Any:
         """As on_main, for what holds tensors on the CPU, in dicts and lists: they travel one by one, as a pickle of all
         would take the memory of each several times."""
+        if not dist.is_initialized():
+            return decide()
         tensors: list[Tensor] = []
 
         def take_out(value: Any) -> Any:
