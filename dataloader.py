@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from configurator import UserError
 from files import read_json, read_text
-from shards import HEADER_BYTES, find_shards, shard_checksum, shard_tokens
+from shards import HEADER_BYTES, find_parts, find_shards, join_command, shard_checksum, shard_tokens
 
 AGAIN = "prepare the data again"
+MAX_MAPS = 16_384  # shards of a split that stay mapped: Linux gives a process 65,530 maps, and others need some
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -42,6 +44,9 @@ def read_meta(data_dir: str) -> dict:
         check_finished(data_dir)
         return {}
     meta = read_json(path, AGAIN)
+    if isinstance(meta, dict) and meta.get("part"):
+        join = join_command(Path(data_dir).resolve().parent)
+        raise UserError(f"{data_dir} is part {meta['part']} of a preparation; once all parts are there: {join}")
     counts = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # some may miss
     for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
         value = meta.get(name, 0 if name in counts else None) if isinstance(meta, dict) else None
@@ -60,12 +65,14 @@ def read_meta(data_dir: str) -> dict:
 
 
 def check_finished(data_dir: str) -> None:
-    """Raises UserError if fineweb.py was stopped before it wrote meta.json."""
+    """Raises UserError if fineweb.py was stopped before it wrote meta.json, or has made only parts yet."""
     path = Path(data_dir, "progress.json")
     if path.exists():
         again = "run its fineweb.py command again"
         finish = read_json(path, again).get("command", again)
         raise UserError(f"{data_dir}: the preparation of this data is not finished; finish it: {finish}")
+    if find_parts(data_dir):
+        raise UserError(f"{data_dir}: the parts of this data are not joined yet: {join_command(data_dir)}")
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
@@ -92,20 +99,21 @@ class Windows:
         if not self.paths:
             raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
         self.seq_len, self.vocab_size = seq_len, vocab_size
-        self.shards = [open_shard(path) for path in self.paths]
-        tokens = sum(map(len, self.shards))
+        self.shard = lru_cache(MAX_MAPS)(open_shard)
+        self.lengths = [len(self.shard(path)) for path in self.paths]
+        tokens = sum(self.lengths)
         expected = read_meta(data_dir).get(f"{split}_tokens", tokens)
         if tokens != expected:
             raise UserError(
-                f"{data_dir}: meta.json says {expected} {split} tokens, but {len(self.shards)} shards hold {tokens}; "
+                f"{data_dir}: meta.json says {expected} {split} tokens, but {len(self.paths)} shards hold {tokens}; "
                 f"restore what is missing or changed, or {AGAIN}"
             )
-        counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
+        counts = [max(0, (length - 1) // seq_len) for length in self.lengths]
         self.ends = np.cumsum(counts)
         if not len(self):
-            tokens = max(len(shard) for shard in self.shards)
             raise UserError(
-                f"{data_dir}: no {split} shard holds a window of seq_len = {seq_len}; the largest has {tokens}"
+                f"{data_dir}: no {split} shard holds a window of seq_len = {seq_len}; "
+                f"the largest has {max(self.lengths)}"
             )
 
     def __len__(self) -> int:
@@ -120,7 +128,7 @@ class Windows:
             shard = int(np.searchsorted(self.ends, index, side="right"))
             first = int(self.ends[shard - 1]) if shard else 0
             start = (int(index) - first) * T
-            tokens = self.shards[shard][start : start + T + 1]
+            tokens = self.shard(self.paths[shard])[start : start + T + 1]
             x[row], y[row] = tokens[:-1], tokens[1:]
             if tokens.max() >= self.vocab_size:
                 raise UserError(

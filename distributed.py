@@ -7,10 +7,14 @@ import platform
 import re
 import signal
 import subprocess
+import sys
+import time
+import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,9 +78,8 @@ class World:
         self.launch = Path(folder).parent.parent.parent.name if folder else None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
         if under_torchrun():
-            # A restarted group shares the store of the one before, and would dial its dead addresses there.
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-            store = dist.PrefixStore(f"restart {self.restarts} of {size}", store)
+            store = own_store(store, rank, size)
             # gloo carries the small numbers that live on the CPU, NCCL everything on GPUs.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -220,10 +223,91 @@ class World:
             raise UserError(error)
         return value
 
+    def together(self, look: Callable[[], tuple[Any, dict[str, str]]]) -> Any:
+        """Run `look` on every rank -> its result here; look returns (result, {what it found: value}).
+
+        Raises UserError, the same on every rank, where it was raised on any, or where what they found differs: it says
+        which rank on which machine.
+        """
+        result, found, problem = None, {}, None
+        try:
+            result, found = look()
+        except UserError as mistake:
+            problem = str(mistake)
+        reports = [(platform.node(), problem, found)] * self.size
+        if dist.is_initialized():
+            dist.all_gather_object(reports, reports[0])
+        main_host, _, main_found = reports[0]
+        for rank, (host, problem, values) in enumerate(reports):
+            who = f"rank {rank} on {host}"
+            if problem:  # a mistake that all have made is nobody's own
+                alone = any(problem != other for _, other, _ in reports)
+                raise UserError(f"{who}: {problem}" if alone else problem)
+            for name in main_found | values:
+                have, want = values.get(name), main_found.get(name)
+                if have != want:
+                    raise UserError(f"{who}: {name} {have}, but {want} on rank 0 ({main_host}); make them the same")
+        return result
+
+    def from_main(self, decide: Callable[[], Any]) -> Any:
+        """As on_main, for what holds tensors on the CPU, in dicts and lists: they travel one by one, as a pickle of all
+        would take the memory of each several times."""
+        if not dist.is_initialized():
+            return decide()
+        tensors: list[Tensor] = []
+
+        def take_out(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                return Travels(value.dtype, tuple(value.shape))
+            if isinstance(value, dict):
+                return {name: take_out(part) for name, part in value.items()}
+            return [take_out(part) for part in value] if isinstance(value, list) else value
+
+        def put_in(value: Any) -> Any:
+            if isinstance(value, Travels):
+                tensor = tensors.pop(0).contiguous() if self.is_main else torch.empty(value.shape, dtype=value.dtype)
+                dist.broadcast(tensor, 0)
+                return tensor
+            if isinstance(value, dict):
+                return {name: put_in(part) for name, part in value.items()}
+            return [put_in(part) for part in value] if isinstance(value, list) else value
+
+        return put_in(self.on_main(lambda: take_out(decide())))
+
     def close(self) -> None:
         """Wait for the other ranks. `cli` then ends the process, and the group with it: destroying the group can hang,
         as gloo joins a thread that waits for Python's lock to free its last tensor."""
         self.sum([0.0])
+
+
+class Travels(NamedTuple):
+    """In place of a tensor that comes on its own."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def own_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The part of torchrun's store that belongs to this life of the group.
+
+    A restarted group shares the store of the one before, and would dial its dead addresses there. torchrun counts
+    restarts on each node for itself, and a node that came back begins at 0: so rank 0 numbers the lives, and another
+    rank believes a number only once rank 0 has answered.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        life = f"life {store.add('lives', 1)}"
+        store.set("life", life)
+        present = [store.get(f"{life} has {other}") for other in range(1, size)]  # waits for each
+        store.set(f"{life} began", b" ".join(present))
+        return dist.PrefixStore(life, store)
+    while True:
+        life = store.get("life").decode()  # of the group before, until rank 0 is here
+        store.set(f"{life} has {rank}", me)
+        if store.check([f"{life} began"]) and me in store.get(f"{life} began").decode():
+            return dist.PrefixStore(life, store)
+        time.sleep(0.05)
 
 
 class StopRequest:
@@ -338,6 +422,14 @@ def machine(world: World, dtype: torch.dtype) -> dict:
         hardware=hardware(world.device)[0], world_size=world.size, dtype=str(dtype).removeprefix("torch."),
         launch=world.launch, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )  # fmt: skip
+
+
+def code() -> dict[str, str]:
+    """A checksum of each of this project's files that is in use, and torch's version."""
+    root, files = Path(__file__).parent, [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    own = sorted({Path(file) for file in files if file and Path(file).parent == root})
+    checksums = {f"{path.name} has checksum": f"{zlib.crc32(path.read_bytes()):08x}" for path in own}
+    return {"torch is": torch.__version__} | checksums
 
 
 def git_commit() -> str | None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from dataloader import Windows, data_tokenizer, read_meta
+from dataloader import Windows, data_tokenizer, open_shard, read_meta
 from distributed import World, autocast, pick_dtype
 from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
@@ -65,7 +65,7 @@ def main() -> int:
     meta = read_meta(config.data_dir)
     its_tokenizer = data_tokenizer(config.data_dir, meta, vocab_size)
     check_same_tokenizer(tokenizer, its_tokenizer, path, config.data_dir)
-    shards = Windows(config.data_dir, config.split, 1).shards
+    shards = [open_shard(path) for path in Windows(config.data_dir, config.split, 1).paths]
     ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
     if ids > vocab_size:
         raise UserError(f"{config.data_dir} has {ids} ids, but {path} only {vocab_size}")

@@ -8,6 +8,17 @@ parts (a file each, sources.py) -> pieces of documents -> batches, encoded on al
 A shard is a number of whole batches, and a batch ends behind a known piece of a known part. So after any kind of death
 the same command goes on behind the last whole shard: it opens that part, reads up to that piece without encoding, and
 ends with the same bytes.
+
+Several machines make one preparation by parts of it, at the same time and in any order, on file systems shared or not:
+
+    python fineweb.py config/data/fineweb_edu.py --part=3/16           # the third of 16, to out_dir/03of16
+    python fineweb.py config/data/fineweb_edu.py --join_parts=True     # once all 16 folders lie in out_dir
+
+A part is some source files in a row or, with fewer files than parts, some documents in a row of one file, which every
+part then reads and only its own encodes. So the joined data is one preparation's, document for document, and the same
+documents are validation: val_shards are made by part 1, which must have more text than they hold; val_split's files
+come behind all others; and val_fraction needs the number of all documents, for which each part reads the files before
+its own once, unless they are Parquet or text without a separator given by --files.
 """
 
 import signal
@@ -38,8 +49,8 @@ import numpy as np
 
 from configurator import PathStr, UserError, cli, configure
 from files import lock_folder, remove_partial, whole_file
-from shards import find_shards, shard_header, shard_tokens
-from sources import Reader, Source, open_source
+from shards import find_parts, find_shards, join_command, shard_header, shard_tokens
+from sources import Reader, Source, open_source, take_share
 from tokenizer import BatchEncoder, get_tokenizer, tokenizer_content
 from wikitext import add_spaces, detokenize
 
@@ -64,6 +75,8 @@ class DataConfig:
     out_dir: PathStr | None = None  # where the shards go; data/fineweb_edu10B for the default data set
     shard_tokens: int = 100_000_000  # tokens in a shard, and at most a batch more; the last of a split has what is left
     num_proc: int | None = None  # threads; None is all cores
+    part: str | None = None  # 3/16: make only the third of 16 parts, as an array job's tasks do
+    join_parts: bool = False  # make one preparation of the parts in out_dir, once all of them are there
     join: bool = False  # all rows are one document, a row a line (WikiText)
     detokenize: Literal["wikitext"] | None = None  # tokens are of the text without WikiText's spaces, words of it as is
     val_split: str | None = None  # validation: the data set's own split of this name,
@@ -95,12 +108,23 @@ class DataConfig:
         for name, end in (("shard_tokens", 2**30), ("num_proc", 2**10), ("val_shards", 2**31)):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < end:
                 raise ValueError(f"{name} must be at least 1 and below {end}, not {getattr(self, name)}")
+        if self.part is not None and not (self.share and 0 <= self.share[0] < self.share[1]):
+            raise ValueError(f"part is {self.part}, but it must be like 3/16, the third of 16 parts")
+        if self.part and (self.join or self.join_parts or self.url):
+            other = "join" if self.join else "join_parts" if self.join_parts else "url"
+            raise ValueError(f"part and {other} are both given: parts are some documents each, and joined later")
         if not sources:
             object.__setattr__(self, "dataset", "HuggingFaceFW/fineweb-edu")
             object.__setattr__(self, "subset", self.subset or "sample-10BT")
             object.__setattr__(self, "out_dir", self.out_dir or "data/fineweb_edu10B")
         if not rules:
             object.__setattr__(self, "val_shards", 1)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """`part` counted from 0, and how many there are."""
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", self.part or "")
+        return (int(match[1]) - 1, int(match[2])) if match else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,8 +165,8 @@ def find_cut(source: Source, val_fraction: float | None) -> Cut:
     documents = source.documents
     if documents is None or documents == 1:
         documents = characters = 0
-        for _, read in source.parts:
-            for text, begins in read():
+        for part in source.parts:
+            for text, begins in part.read():
                 documents += begins
                 characters += len(text)
         if documents == 1:
@@ -224,9 +248,9 @@ def make_batches(source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext
     """Batches of about `size` bytes, each of one split, of all that lies behind a cursor."""
     pieces, room, batch_split, end = [], size, None, begin
     documents, done = begin.documents, begin.piece
-    for number, (part_split, read) in list(enumerate(source.parts))[begin.part :]:
+    for number, part in list(enumerate(source.parts))[begin.part :]:
         before = documents
-        found = cut_pieces(split_texts(part_split, read, before, cut), is_wikitext)
+        found = cut_pieces(split_texts(part.split, part.read, before, cut), is_wikitext)
         for count, (split, piece) in enumerate(found, 1):
             documents += piece.first
             if count <= done:
@@ -271,11 +295,14 @@ def encode_all(batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPo
 
 def write_shards(results: Results, out_dir: Path, config: DataConfig, progress: dict) -> None:
     """Whole batches into whole shards; after each, progress.json says how far the source has been read."""
-    shards, val_shards = progress["shards"], config.val_shards or 0
+    shards, val_shards, prefix = progress["shards"], config.val_shards or 0, out_dir.resolve().name
+    if config.part:
+        prefix = f"{out_dir.resolve().parent.name}_{prefix}"
+        val_shards = val_shards if config.share[0] == 0 else 0
     for batch, tokens in results:
         split = "val" if len(shards["train"]) + len(shards["val"]) < val_shards else batch.split
         number = len(shards[split]) + (val_shards or 1 if split == "train" else 0)
-        name = f"{out_dir.resolve().name}_{split}_{number:06d}.bin"
+        name = f"{prefix}_{split}_{number:06d}.bin"
         with whole_file(out_dir / name) as file:
             file.write(shard_header(0))
             count = checksum = 0
@@ -328,19 +355,19 @@ def show_progress(results: Results, source: Source, progress: dict) -> Results:
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """A folder that only this process writes. If it is new and stays empty, it is removed again.
+    """A folder that only this process writes. What is new of it and its parents, and stays empty, is removed again.
 
     Raises UserError if another process writes it.
     """
-    is_new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     try:
         yield
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in new:
+                path.rmdir()
         if lock is not None:
             os.close(lock)
 
@@ -356,6 +383,19 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
         return None, False  # an earlier run made no shard, so nothing is lost
     if not path.exists():
         raise UserError(f"{out_dir} holds {shards[0]}, which this script did not make: choose another --out_dir")
+    progress = load_progress(path, settings)
+    for name, (tokens, _) in (progress["shards"]["train"] | progress["shards"]["val"]).items():
+        if not is_whole(out_dir / name, tokens):
+            if not done:
+                raise UserError(f"{out_dir / name} is gone or cut; delete {out_dir} to start again")
+            print(f"{out_dir} has a meta.json, but {name} is gone or cut: all shards are made again")
+            return None, False
+    return progress, done
+
+
+def load_progress(path: Path, settings: dict) -> dict:
+    """The content of a progress.json or meta.json. Raises UserError if it is none, or of other settings."""
+    out_dir, done = path.parent, path.name == "meta.json"
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
         made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
@@ -370,13 +410,7 @@ def read_progress(out_dir: Path, settings: dict) -> tuple[dict | None, bool]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         advice = f"choose another --out_dir, or delete {out_dir}"
         raise UserError(f"{path} is damaged, or made by another or an older program: {advice}") from None
-    for name, (tokens, _) in (made["train"] | made["val"]).items():
-        if not is_whole(out_dir / name, tokens):
-            if not done:
-                raise UserError(f"{out_dir / name} is gone or cut; delete {out_dir} to start again")
-            print(f"{out_dir} has a meta.json, but {name} is gone or cut: all shards are made again")
-            return None, False
-    return progress, done
+    return progress
 
 
 def is_whole(path: Path, tokens: int) -> bool:
@@ -386,30 +420,44 @@ def is_whole(path: Path, tokens: int) -> bool:
         return False
 
 
-def check_same(out_dir: Path, old: dict, new: dict) -> None:
+def check_same(out_dir: Path, old: dict, new: dict, advice: str = "choose another --out_dir, or delete it") -> None:
     """Raises UserError where settings differ."""
     for name, value in new.items():
         if old.get(name) != value:
             what = f"{name}={old.get(name)}, not {value}"
             if name == "source":
                 what = "other source files (name, size or modification time)"
-            raise UserError(f"{out_dir} holds shards made with {what}: choose another --out_dir, or delete this one")
+            raise UserError(f"{out_dir} holds shards made with {what}: {advice}")
 
 
 def prepare(config: DataConfig) -> None:
     """Make the shards and meta.json in config.out_dir, or what of them is still to be made. Raises UserError."""
     out_dir = Path(config.out_dir)
     tokenizer = tokenizer_content(config.tokenizer, config.document_token)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "num_proc")}
+    left_out = ("out_dir", "num_proc", "part", "join_parts")  # they change no document
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     if tokenizer.startswith("{"):  # the path may change, the content may not
         settings["tokenizer"] = f"json {hashlib.sha256(tokenizer.encode()).hexdigest()[:16]}"
-    with own_folder(out_dir):
+    if config.part and (out_dir / "meta.json").exists():  # it is joined already
         progress, done = read_progress(out_dir, settings)
         if not done:
-            progress = make_shards(config, out_dir, tokenizer, settings, progress)
-    tokens = f"{progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
-    print(f"{out_dir}{' is complete' * done}: {tokens}")
+            raise UserError(f"{out_dir}: its parts are joined, but not whole any more; delete it to make them again")
+    else:
+        folder = out_dir / part_name(*config.share) if config.part else out_dir
+        with own_folder(folder):
+            progress, done = read_progress(folder, settings)
+            if not done:
+                progress = make_shards(config, folder, tokenizer, settings, progress)
+        if config.part:
+            print(f"{folder}{' is complete' * done}: {spell_tokens(progress)}")
+            print(f"next, once all {config.share[1]} parts are there: {join_command(out_dir)}")
+            return
+    print(f"{out_dir}{' is complete' * done}: {spell_tokens(progress)}")
     print(f"next: python train_gpt2.py --data_dir={out_dir}")
+
+
+def spell_tokens(progress: dict) -> str:
+    return f"{progress['train_tokens']:,} train and {progress['val_tokens']:,} val tokens"
 
 
 def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dict, progress: dict | None) -> dict:
@@ -424,10 +472,14 @@ def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dic
     check_same(out_dir, progress["settings"], settings)
     progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
     cut, size = find_cut(source, config.val_fraction), min(BATCH, config.shard_tokens)  # small shards, small batches
+    if config.part:
+        progress["part"] = config.part
+        source, begin = take_share(source, *config.share, numbered=cut != NEVER)
+        cut = (cut[0] - begin, cut[1])
     batches = make_batches(source, Cursor(*progress["cursor"]), cut, size, config.detokenize == "wikitext")
     with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
         first = next(batches, None)
-        if first is None and is_fresh:
+        if first is None and is_fresh and not config.part:
             raise UserError(f"{config.dataset or config.files or config.url}: no documents there")
         begin_writing(out_dir, progress)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -435,9 +487,12 @@ def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dic
         results = encode_all(chain([first] if first else [], batches), encoder, thread)
         write_shards(show_progress(results, source, progress), out_dir, config, progress)
     for split, other in (("train", "val"), ("val", "train")):
-        if not progress[f"{split}_tokens"]:
+        # A part may have one split alone; but where the first has no train text, its val shards are not whole.
+        matters = not config.part or (split == "train" and config.val_shards and config.share[0] == 0)
+        if matters and not progress[f"{split}_tokens"]:
             begin_writing(out_dir, fresh_progress(settings))  # other settings may use the folder
-            advice = "; use --val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
+            fewer = "fewer parts, " if config.part else ""
+            advice = f"; use {fewer}--val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
             tokens = progress[f"{other}_tokens"]
             raise UserError(f"no text is left for {split}: all {tokens:,} tokens are {other}{advice}")
     write_meta(out_dir, tokenizer, enc.n_vocab, progress)
@@ -464,15 +519,96 @@ def write_meta(out_dir: Path, tokenizer: str, vocab_size: int, progress: dict) -
         (out_dir / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         tokenizer = "tokenizer.json"  # in data_dir, which may be moved
     kept = [*COUNTS, "settings", "shards"]  # shards: {split: {name: [tokens, crc32]}}
+    kept += ["part", "command"] if "part" in progress else []  # for join_parts
     meta = {"tokenizer": tokenizer, "vocab_size": vocab_size} | {name: progress[name] for name in kept}
     write_json(out_dir / "meta.json", meta)
     (out_dir / "progress.json").unlink()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts to one
+
+
+def part_name(number: int, count: int) -> str:
+    """The folder of a part, counted from 0: in the order of the names."""
+    return f"{number + 1:0{len(str(count))}}of{count}"
+
+
+def join_parts(out_dir: Path) -> None:
+    """Move the shards of all parts to out_dir, write its meta.json and remove the parts' folders. Killed anywhere, it
+    can be repeated. Raises UserError unless all parts are there, whole and of the same settings."""
+    found = find_parts(out_dir)
+    if not found and not (out_dir / "meta.json").exists():
+        raise UserError(f"{out_dir}: no parts there; make them with --part=1/16 and so on")
+    with contextlib.ExitStack() as locks:
+        for folder in (out_dir, *found):
+            locks.enter_context(own_folder(folder))
+        if (out_dir / "meta.json").exists() and not any(out_dir.glob("*of*/*.bin")):
+            meta = load_progress(out_dir / "meta.json", {})
+        else:
+            meta = move_parts(out_dir, found)
+        for folder in found:
+            remove_partial(folder)
+            for name in ("meta.json", "progress.json", "tokenizer.json"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something of the user's
+                folder.rmdir()
+    print(f"{out_dir}: {spell_tokens(meta)} in one\nnext: python train_gpt2.py --data_dir={out_dir}")
+
+
+def move_parts(out_dir: Path, found: list[Path]) -> dict:
+    """The meta.json of all parts together, which is written last."""
+    counts = sorted({folder.name.partition("of")[2] for folder in found})
+    if len(counts) > 1:
+        raise UserError(f"{out_dir} holds parts of {' and of '.join(counts)}: delete those of one preparation")
+    metas = read_parts(out_dir, int(counts[0]))
+    whole = {name: value for name, value in metas[0].items() if name not in ("part", "command")}
+    whole |= {name: sum(meta[name] for meta in metas) for name in COUNTS}
+    whole["shards"] = {
+        split: {name: made for meta in metas for name, made in meta["shards"][split].items()}
+        for split in ("train", "val")
+    }
+    names = whole["shards"]["train"] | whole["shards"]["val"]
+    if foreign := [path for path in out_dir.glob("*.bin") if path.name not in names]:
+        raise UserError(f"{foreign[0]} is of none of its parts; move it away")
+    for split in ("train", "val"):
+        if not whole[f"{split}_tokens"]:
+            raise UserError(f"{out_dir}: no text is left for {split} in all its parts; make them of more text")
+    for folder, meta in zip(found, metas, strict=True):
+        for name in [*meta["shards"]["train"], *meta["shards"]["val"], "tokenizer.json"]:
+            if (folder / name).exists():
+                os.replace(folder / name, out_dir / name)
+    write_json(out_dir / "meta.json", whole)
+    return whole
+
+
+def read_parts(out_dir: Path, count: int) -> list[dict]:
+    """Their meta.json files. Raises UserError that names a part and the command that makes it unless all are there,
+    whole and of the same settings. Shards may lie in out_dir already."""
+    folders = [out_dir / part_name(number, count) for number in range(count)]
+    metas = [folder / "meta.json" for folder in folders]
+    paths = [path if path.exists() else path.with_name("progress.json") for path in metas]
+    states = [load_progress(path, {}) if path.exists() else {} for path in paths]
+    known = next((state for state in states if "command" in state), {"command": "python fineweb.py", "settings": {}})
+    words = [word for word in known["command"].split(" ") if not word.startswith("--part=")]
+    for number, (folder, path, state) in enumerate(zip(folders, paths, states, strict=True), 1):
+        make = " ".join([*words, f"--part={number}/{count}"])
+        if path not in metas:
+            raise UserError(f"{folder} is {'not finished' if state else 'missing'}; make it: {make}")
+        check_same(folder, state["settings"], known["settings"], f"delete it, and make it as the others: {make}")
+        for name, (tokens, _) in (state["shards"]["train"] | state["shards"]["val"]).items():
+            if not is_whole(folder / name, tokens) and not is_whole(out_dir / name, tokens):
+                raise UserError(f"{folder / name} is gone or cut; make it again: {make}")
+    return states
+
+
 def main() -> int | None:
     config, _ = configure(DataConfig)
     try:
-        prepare(config)
+        if config.join_parts:
+            join_parts(Path(config.out_dir))
+        else:
+            prepare(config)
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@ zeros), then that many uint16 token ids."""
 
 import os
 import re
+import shlex
 import zlib
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
     # The last part of the name counts: a folder may be called my_train_set, and its shards after it.
     name = re.compile(rf".*_{split}_\d+\.bin", re.DOTALL)
     return sorted(path for path in Path(folder).glob("*.bin") if name.fullmatch(path.name))
+
+
+def find_parts(folder: str | Path) -> list[Path]:
+    """The folders of a preparation's parts that are not joined yet: 01of16, ..."""
+    return sorted(path for path in Path(folder).glob("*of*") if re.fullmatch(r"\d+of\d+", path.name))
+
+
+def join_command(folder: str | Path) -> str:
+    """What makes one preparation of them."""
+    return shlex.join(["python", "fineweb.py", "--join_parts=True", f"--out_dir={folder}"])
 
 
 def shard_checksum(path: str | Path) -> int:

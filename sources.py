@@ -30,8 +30,14 @@ Texts = Iterator[tuple[str, bool]]
 Reader = Callable[[], Texts]
 
 
+class Part(NamedTuple):
+    split: str
+    read: Reader
+    documents: int | None = None  # None if only reading can tell
+
+
 class Source(NamedTuple):
-    parts: list[tuple[str, Reader]]  # (split, reader), in the order in which they are written
+    parts: list[Part]  # in the order in which they are written
     documents: int | None  # to train on, before validation is taken from them; None if only reading can tell
     size: int | None  # their bytes; None if only reading can tell
     fingerprint: str  # changes with the source's files
@@ -46,11 +52,14 @@ def open_source(config: Any, out_dir: Path) -> Source:
     readers, counts = zip(*opened, strict=True)
     documents = None if None in counts else sum(counts)
     size = None if any(path.endswith(ROW_FILES) for path in paths) else sum(map(os.path.getsize, paths))
-    return Source(make_parts("train", readers, config.join), 1 if config.join else documents, size, fingerprint(paths))
+    parts = make_parts("train", readers, counts, config.join)
+    return Source(parts, 1 if config.join else documents, size, fingerprint(paths))
 
 
-def make_parts(split: str, readers: list[Reader], join: bool) -> list[tuple[str, Reader]]:
-    return [(split, read) for read in ([partial(read_joined, readers)] if join else readers)]
+def make_parts(split: str, readers: list[Reader], counts: list[int | None], join: bool) -> list[Part]:
+    if join:
+        return [Part(split, partial(read_joined, readers), 1)]
+    return [Part(split, read, documents) for read, documents in zip(readers, counts, strict=True)]
 
 
 def read_joined(readers: list[Reader]) -> Texts:
@@ -62,6 +71,40 @@ def read_joined(readers: list[Reader]) -> Texts:
             is_first, ended = False, text.endswith("\n")
     if not ended:
         yield "\n", False
+
+
+def take_share(source: Source, number: int, count: int, numbered: bool) -> tuple[Source, int]:
+    """Share 0 to count - 1 of a source: some parts in a row or, where there are fewer parts than shares, some documents
+    in a row of one part. And the number of its first document in the whole source; 0 unless `numbered`."""
+    parts = source.parts
+    first, end = len(parts) * number // count, len(parts) * (number + 1) // count
+    taken, begin = parts[first:end], 0
+    if len(parts) < count:
+        sharing = [other for other in range(count) if len(parts) * other // count == first]
+        total, place = count_documents(parts[first : first + 1]), sharing.index(number)
+        begin, end = (total * k // len(sharing) for k in (place, place + 1))
+        taken = [Part(parts[first].split, partial(read_some, parts[first].read, begin, end), end - begin)]
+    if numbered:
+        begin += count_documents(parts[:first])
+    counts = [part.documents for part in taken]
+    size = source.size and source.size // count  # about: only the progress bar wants it
+    return source._replace(parts=taken, documents=None if None in counts else sum(counts), size=size), begin
+
+
+def count_documents(parts: list[Part]) -> int:
+    """How many there are; reads where only reading can tell."""
+    return sum(sum(begins for _, begins in read()) if known is None else known for _, read, known in parts)
+
+
+def read_some(read: Reader, begin: int, end: int) -> Texts:
+    """Documents begin to end - 1 of a part."""
+    number = -1
+    for text, begins in read():
+        number += begins
+        if number >= end:
+            return
+        if number >= begin:
+            yield text, begins
 
 
 def fingerprint(paths: list[str]) -> str:
@@ -238,7 +281,7 @@ def open_dataset(config: Any) -> Source:
             streams = [builder.as_streaming_dataset(split=split) for split in splits.split("+")] if splits else []
             files = [(stream, index) for stream in streams for index in range(stream.num_shards)]
             readers = [partial(read_dataset, *file, where, config.text_column) for file in files]
-            parts += make_parts(name, readers, config.join) if readers else []
+            parts += make_parts(name, readers, [None] * len(readers), config.join) if readers else []
     except Exception as error:  # of many types: no network, no such data set, subset or split; all have a good message
         raise UserError(f"{where}: {one_line(error)}") from None
     infos = [(builder.info.splits or {}).get(split) for split in config.split.split("+")]

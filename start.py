@@ -4,9 +4,11 @@
 mistake in the options, the data or the machine is a UserError here, and nothing has been touched.
 """
 
+import json
 import math
 import shutil
 import typing
+import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 import checkpoint
 from configurator import UserError, check
 from dataloader import DataGuard, Windows, data_tokenizer, read_meta
-from distributed import World
+from distributed import World, code
 from metrics import Metrics, read_metrics
 from model import GPTConfig
 
@@ -61,6 +63,32 @@ def look(
     """Everything that a run with these options needs to begin or to go on. `sources` says where each option was set;
     `may_change` names the options that may differ from a resumed run's. Raises UserError on every rank alike."""
     path, saved = find_run(config, sources, world, log)
+
+    def look_here() -> tuple[Start, dict[str, str]]:
+        start = open_start(path, saved, config, gpt_config, sources, may_change, world)
+        return start, facts(start) | code()
+
+    start = world.together(look_here)
+    world.on_main(start.guard.check)
+    return start
+
+
+def facts(start: Start) -> dict[str, str]:
+    """What all ranks must agree on: each option, and what the data is."""
+    options = asdict(start.config) | asdict(start.gpt_config)
+    splits = [data for data in (start.train_data, start.val_data) if data]
+    shards = {path.name: length for data in splits for path, length in zip(data.paths, data.lengths, strict=True)}
+    content = json.dumps([start.meta, start.tokenizer, shards]).encode()
+    about = f"{len(shards)} shards, {sum(shards.values()):,} tokens, checksum {zlib.crc32(content):08x}"
+    found = {f"option {name} =": repr(value) for name, value in options.items()}
+    return found | {f"the data in {start.config.data_dir} is": about}
+
+
+def open_start(
+    path: Path | None, saved: dict, config: Any, gpt_config: GPTConfig, sources: dict[str, str],
+    may_change: Collection[str], world: World,
+) -> Start:  # fmt: skip
+    """What this rank finds; no rank waits for another here. Raises UserError."""
     config, gpt_config, changed = resume_options(saved, config, gpt_config, sources, may_change, path)
     world.use(config.device)
     meta = read_meta(config.data_dir)
@@ -74,7 +102,6 @@ def look(
     val_data = Windows(config.data_dir, "val", T, ids) if config.val_interval else None
     plan = make_plan(config, len(train_data), world)
     guard = DataGuard(config.data_dir, ["train", "val"] if val_data else ["train"], meta, saved.get("data", {}))
-    world.on_main(guard.check)
     return Start(
         config, gpt_config, path, saved, changed, weights, meta, tokenizer, train_data, val_data, guard, plan
     )  # fmt: skip
@@ -113,8 +140,33 @@ def find_run(config: Any, sources: dict[str, str], world: World, log: Metrics) -
             log.say(f"{config.out_dir} does not exist: this is a fresh start")
         return None, {}
 
-    path, options = world.on_main(find)
+    def find_for_all() -> tuple[Path | None, dict, int, tuple | None]:
+        path, options = find()
+        return path, options, newest_step(config.out_dir), file_status(path)
+
+    path, options, newest, status = world.on_main(find_for_all)
+
+    def look_here() -> tuple[bool, dict[str, str]]:
+        if newest_step(config.out_dir) > newest:  # ranks may be dealt anew among machines
+            where = f"out_dir {config.out_dir} holds a checkpoint of a later step than rank 0's machine does"
+            raise UserError(f"{where}; share out_dir between the machines, or start where rank 0 was")
+        return file_status(path) == status, {}
+
+    if world.any(not world.together(look_here)):  # out_dir is not shared
+        return path, world.from_main(lambda: checkpoint.load_run(path))
     return path, checkpoint.load_run(path) if path else options
+
+
+def newest_step(out_dir: str) -> int:
+    return max(map(checkpoint.step_of, checkpoint.find(out_dir)), default=-1)
+
+
+def file_status(path: Path | None) -> tuple[int, int] | None:
+    """What tells whether two machines see the same file."""
+    if not path or not path.exists():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def resume_options(

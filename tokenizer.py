@@ -392,9 +392,9 @@ def texts_of(source: Source, max_bytes: int, held_out: list[str]) -> Iterator[st
 
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
     with tqdm(unit="B", unit_scale=True, mininterval=interval, delay=1) as bar:
-        for _, read in source.parts:
+        for part in source.parts:
             size = 0
-            for number, (text, _) in enumerate(read(), 1):
+            for number, (text, _) in enumerate(part.read(), 1):
                 text = text.encode(errors="replace").decode()  # half a surrogate pair, as JSON can spell it
                 if number % 100 == 0:
                     held_out.append(text)

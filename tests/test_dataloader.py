@@ -3,8 +3,10 @@ import json
 import os
 import random
 import shutil
+import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,12 +174,25 @@ def test_more_shards_than_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_more_shards_than_maps(tmp_path, monkeypatch):
+    """Of any number of shards some stay mapped, and all can be read, in any order."""
+    for i in range(40):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", [random.randrange(9) for _ in range(20)])
+    order = np.random.default_rng(0).permutation(80)
+    want = [batch.tolist() for batch in Windows(str(tmp_path), "train", T).read(order)]
+    monkeypatch.setattr(dataloader, "MAX_MAPS", 3)
+    windows = Windows(str(tmp_path), "train", T)
+    assert [batch.tolist() for batch in windows.read(order)] == want
+    if sys.platform == "linux":
+        assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/x_train_") == 3
+
+
 @pytest.mark.parametrize("name", ["my_train_set", "val_val_x", "[x]"])
 def test_a_folder_whose_name_has_a_splits_name_in_it(tmp_path, name):
     (tmp_path / name).mkdir()
     write_shard(tmp_path / name / f"{name}_train_000001.bin", range(100))
     write_shard(tmp_path / name / f"{name}_val_000000.bin", range(100, 200))
-    assert [len(Windows(str(tmp_path / name), split, T).shards) for split in ("train", "val")] == [1, 1]
+    assert [len(Windows(str(tmp_path / name), split, T).paths) for split in ("train", "val")] == [1, 1]
 
 
 @pytest.mark.parametrize(

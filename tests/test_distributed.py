@@ -1,13 +1,27 @@
 import os
+import platform
 import signal
 import subprocess
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import call_processes
 
 from configurator import TORCHRUN, UserError
-from distributed import PEAK_FLOPS, StopRequest, World, check_tokens, git_commit, hardware, pick_device, pick_dtype
+from distributed import (
+    PEAK_FLOPS,
+    StopRequest,
+    World,
+    check_tokens,
+    code,
+    git_commit,
+    hardware,
+    own_store,
+    pick_device,
+    pick_dtype,
+)
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -18,9 +32,17 @@ def test_alone():
     assert world.sum([1.5, 2.0]) == [1.5, 2.0]
     assert world.mean_(torch.tensor(3.0)).item() == 3.0
     assert world.on_main(lambda: "x") == "x"
+    assert world.together(lambda: ("x", {"seed": "1"})) == "x"
+    with pytest.raises(UserError, match=r"^what it saw$"):
+        world.together(lambda: refuse("what it saw"))
+    assert world.from_main(lambda: {"a": [torch.ones(2), None]})["a"][0].tolist() == [1.0, 1.0]
     assert world.spread(lambda x: x + 1, torch.zeros(3, 1, 1), rows=1).tolist() == [[[1.0]]] * 3
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
+
+
+def refuse(text):
+    raise UserError(text)
 
 
 def three_processes():
@@ -57,6 +79,31 @@ def three_processes():
         wrapped(torch.full((2, 3), float(world.rank + k))).sum().backward()
     want = sum(2.0 * (r + k) for r in range(3) for k in range(2)) / 3
     assert torch.allclose(model.weight.grad, torch.full((1, 3), want)), model.weight.grad
+    rank, host = world.rank, platform.node()
+    assert world.together(lambda: (rank, {"option seed =": "1", "torch is": "2"})) == rank
+    for look, line in [
+        (lambda: refuse("no data"), "^no data$"),  # which all of them say
+        (lambda: refuse("no data") if rank == 2 else (0, {}), f"^rank 2 on {host}: no data$"),
+        (lambda: refuse(f"no card {rank}"), f"^rank 0 on {host}: no card 0$"),
+        (
+            lambda: (0, {"option seed =": str(rank // 2)}),
+            rf"^rank 2 on {host}: option seed = 1, but 0 on rank 0 \({host}\)",
+        ),
+        (lambda: (0, {"x.py is": "1"} if rank == 1 else {}), rf"^rank 1 on {host}: x.py is 1, but None on rank 0"),
+    ]:
+        with pytest.raises(UserError, match=line):
+            world.together(look)
+    saved = {
+        "model": {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor(3, dtype=torch.int8)}, "step": 7,
+        "optimizers": [{"state": {0: {"exp": torch.ones(2)}}, "empty": []}, {}], "none": None,
+    }  # fmt: skip
+    have = world.from_main(lambda: saved if rank == 0 else refuse("rank 0 alone is asked"))
+    assert have["model"]["a"].equal(saved["model"]["a"])
+    assert have["model"]["b"].dtype == torch.int8
+    assert have["optimizers"][0]["state"][0]["exp"].tolist() == [1.0, 1.0]
+    assert (have["step"], have["optimizers"][0]["empty"], have["optimizers"][1], have["none"]) == (7, [], {}, None)
+    with pytest.raises(UserError, match="what rank 0 saw"):
+        world.from_main(mistake)
     print("fine", world.rank)
 
 
@@ -64,6 +111,31 @@ def test_three_processes():
     done = call_processes(three_processes, [], 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 3
+
+
+def test_each_life_of_a_group_has_a_store_of_its_own():
+    """Whatever torchrun's counts of restarts are, and whoever comes first."""
+    stores, shared = {}, dist.HashStore()
+
+    def join(life, rank):
+        stores[life, rank] = own_store(shared, rank, 3)
+
+    for life, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
+        threads = [threading.Thread(target=join, args=(life, rank), daemon=True) for rank in order]
+        for thread in threads:
+            thread.start()
+            thread.join(0.1)  # the first ones see what the group before has left
+        for thread in threads:
+            thread.join(10)
+        stores[life, 0].set("address", f"of life {life}")
+        assert [stores[life, rank].get("address").decode() for rank in range(3)] == [f"of life {life}"] * 3
+
+
+def test_the_code_in_use(tmp_path):
+    found = code()
+    assert found["torch is"] == torch.__version__
+    assert {"distributed.py has checksum", "configurator.py has checksum"} <= found.keys()
+    assert not any(name.startswith(("conftest", "test_")) for name in found)
 
 
 def test_devices():

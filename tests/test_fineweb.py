@@ -27,6 +27,7 @@ from configurator import UserError
 from dataloader import read_meta
 from files import lock_folder
 from fineweb import NEVER, Cursor, DataConfig
+from shards import find_parts
 from tokenizer import byte_alphabet, get_tokenizer
 
 SCRIPT = str(Path(fineweb.__file__))
@@ -139,7 +140,7 @@ def test_batches_from_any_cursor_are_the_same(small, cut):
     def read():
         return ((text, i == 0) for document in documents for i, text in enumerate(document))
 
-    source = sources.Source([("train", read), ("train", read), ("val", read)], 10, None, "")
+    source = sources.Source([sources.Part(split, read) for split in ("train", "train", "val")], 10, None, "")
     for size in (1, 1000):
         batches = list(fineweb.make_batches(source, Cursor(), cut, size, False))
         for i, batch in enumerate(batches):
@@ -858,3 +859,225 @@ def test_separator(tmp_path):
     assert read_shard(tmp_path / "out" / "out_train_000001.bin") == tokens_of(["one two"], get_tokenizer("bytes"))
     val = tokens_of(["three", "four"], get_tokenizer("bytes"))
     assert read_shard(tmp_path / "out" / "out_val_000000.bin") == val
+
+
+# Parts of one preparation
+
+
+def prepare_parts(out_dir, count, **options):
+    for number in random.Random(count).sample(range(1, count + 1), count):  # in any order
+        fineweb.prepare(DataConfig(out_dir=str(out_dir), num_proc=1, part=f"{number}/{count}", **options))
+    fineweb.join_parts(out_dir)
+    return json.loads((out_dir / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("count", [3, 7])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "dataset", "val_split", "separator", "one"])
+@pytest.mark.parametrize("val", [{}, {"val_fraction": 0.3}])
+def test_parts_together_are_one_preparation(tmp_path, small, kind, count, val):
+    texts, source = documents()[::-1], tmp_path / "source"
+    source.mkdir()
+    options = {"files": f"{source}/*", "shard_tokens": 500, "tokenizer": "bytes", **val}
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (source / f"{i:03}.txt").write_bytes(text.encode())
+    elif kind == "separator":
+        (source / "a.txt").write_bytes("<|>".join(texts).encode())
+        options["separator"] = "<|>"
+    elif kind == "one":  # a document, which cannot be divided
+        (source / "a.txt").write_bytes("".join(texts).encode())
+        options |= {} if val else {"val_fraction": 0.1}
+    else:
+        suffix = "parquet" if kind in ("dataset", "val_split") else kind
+        for i in range(3):
+            write_rows(source / f"train-{i}.{suffix}", texts[i * 20 : i * 20 + 20])
+        if kind == "val_split":
+            write_rows(source / "test.parquet", texts[:9])
+            options |= {} if val else {"val_split": "test"}
+        if kind in ("dataset", "val_split"):
+            options["dataset"] = str(source)
+            del options["files"]
+    one = prepare(tmp_path / "one", **options)
+    joined = prepare_parts(tmp_path / "joined", count, **options)
+    for split in ("train", "val"):
+        assert read_split(tmp_path / "joined", split) == read_split(tmp_path / "one", split)
+    shards = joined.pop("shards")
+    assert {name: value for name, value in one.items() if name != "shards"} == joined
+    names = sorted(path.name for path in (tmp_path / "joined").iterdir() if path.name != "meta.json")
+    assert names == sorted([*shards["train"], *shards["val"]])
+    for made in shards.values():
+        assert made == checksums(tmp_path / "joined", made)
+    assert read_meta(str(tmp_path / "joined"))
+
+
+def test_a_part_reads_little_of_what_is_not_its_own(tmp_path, small, monkeypatch):
+    for i in range(12):
+        write_rows(tmp_path / f"{i:02}.jsonl", documents(20)[::-1])
+    read, real = [], sources.read_jsonl
+    monkeypatch.setattr(sources, "read_jsonl", lambda path, column: read.append(Path(path).stem) or real(path, column))
+    prepare_parts(tmp_path / "out", 4, files=f"{tmp_path}/*.jsonl", shard_tokens=500)
+    assert sorted(read) == [f"{i:02}" for i in range(12)]
+
+
+@pytest.mark.parametrize("val", [{}, {"val_fraction": 0.3}])
+def test_a_part_that_is_killed_and_repeated_is_the_same(tmp_path, small, monkeypatch, val):
+    write_rows(tmp_path / "a.jsonl", documents(24)[::-1])
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 500, "tokenizer": "bytes", **val}
+    prepare_parts(tmp_path / "straight" / "out", 2, **options)
+    out, real, left, deaths = tmp_path / "killed" / "out", os.replace, 0, 0
+
+    def replace(source, target):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        real(source, target)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", replace)
+    for part in ("2/2", "1/2"):
+        while not (out / part.replace("/", "of") / "meta.json").exists():
+            left = 5 + deaths % 7
+            try:
+                fineweb.prepare(DataConfig(out_dir=str(out), num_proc=1, part=part, **options))
+            except Killed:
+                deaths += 1
+                assert deaths < 100
+    assert deaths > 3
+    while find_parts(out):  # joining may die anywhere too, also while it removes what is left
+        left = 1 + deaths % 23
+        with contextlib.suppress(Killed):
+            fineweb.join_parts(out)
+        deaths += 1
+        assert deaths < 200
+    assert contents(out) == contents(tmp_path / "straight" / "out")
+
+
+def test_joining_that_dies_while_it_tidies_up(tmp_path, small, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 500}
+    for number in (1, 2, 3):
+        fineweb.prepare(DataConfig(out_dir=str(tmp_path / "out"), part=f"{number}/3", **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", raise_killed)
+        with pytest.raises(Killed):
+            fineweb.join_parts(tmp_path / "out")
+    meta = read_meta(str(tmp_path / "out"))  # what was joined trains already
+    (tmp_path / "out" / "1of3" / "meta.json").unlink()
+    fineweb.join_parts(tmp_path / "out")
+    assert not find_parts(tmp_path / "out")
+    assert read_meta(str(tmp_path / "out")) == meta
+    fineweb.join_parts(tmp_path / "out")
+    fineweb.prepare(DataConfig(out_dir=str(tmp_path / "out"), part="2/3", **options))  # a task that a scheduler repeats
+    assert read_meta(str(tmp_path / "out")) == meta
+    next((tmp_path / "out").glob("*.bin")).unlink()
+    with pytest.raises(UserError, match="not whole any more"):
+        fineweb.prepare(DataConfig(out_dir=str(tmp_path / "out"), part="2/3", **options))
+
+
+def test_two_parts_at_the_same_time(tmp_path):
+    write_rows(tmp_path / "a.jsonl", documents() * 20)
+    options = [f"--files={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out", "--shard_tokens=20000"]
+    pair = [start(*options, f"--part={number}/2") for number in (1, 2)]
+    outputs = [process.communicate(timeout=60) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    join = outputs[0][0].strip().partition("python ")[2]
+    assert call(*shlex.split(join)).returncode == 0
+    assert read_split(tmp_path / "out", "val") + read_split(tmp_path / "out", "train") == tokens_of(documents() * 20)
+
+
+def test_the_same_part_twice_at_the_same_time(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents())
+    (tmp_path / "out" / "1of2").mkdir(parents=True)
+    handle = lock_folder(tmp_path / "out" / "1of2")
+    with pytest.raises(UserError, match="1of2: another process"):
+        prepare_parts(tmp_path / "out", 2, files=f"{tmp_path}/a.jsonl", shard_tokens=500)
+    os.close(handle)
+
+
+@pytest.fixture
+def three_parts(tmp_path):
+    write_rows(tmp_path / "a.jsonl", documents())
+    options = [f"--files={tmp_path}/a.jsonl", "--shard_tokens=1000", f"--out_dir={tmp_path}/out", "--num_proc=1"]
+    for number in (1, 2, 3):
+        assert call("fineweb.py", *options, f"--part={number}/3").returncode == 0
+    return tmp_path / "out", options
+
+
+@pytest.mark.parametrize("what", ["missing", "unfinished", "cut", "settings", "source", "count", "foreign"])
+def test_parts_that_do_not_make_one(three_parts, tmp_path, what):
+    out, options = three_parts
+    folder, meta = out / "2of3", json.loads((out / "2of3" / "meta.json").read_text())
+    shard, say = next(folder.glob("*.bin")), what
+    if what in ("missing", "settings", "source"):
+        for path in [*folder.iterdir()]:
+            path.unlink()
+        folder.rmdir()
+    if what == "unfinished":
+        (folder / "meta.json").rename(folder / "progress.json")
+        (folder / "progress.json").write_text(json.dumps({**meta, "cursor": [0, 0, 0]}))
+        say = "2of3 is not finished"
+    elif what == "cut":
+        shard.write_bytes(shard.read_bytes()[:-2])
+        say = "gone or cut"
+    elif what == "settings":
+        call("fineweb.py", *options, "--shard_tokens=2000", "--part=2/3")
+        say = "2of3 holds shards made with shard_tokens=2000, not 1000"
+    elif what == "source":
+        os.utime(tmp_path / "a.jsonl", (1, 1))
+        call("fineweb.py", *options, "--part=2/3")
+        say = "2of3 holds .*other source files"
+    elif what == "count":
+        (out / "4of5").mkdir()
+        say = "parts of 3 and of 5"
+    elif what == "foreign":
+        (out / "x_train_000001.bin").write_bytes(shard.read_bytes())
+        say = "x_train_000001.bin is of none"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = call("fineweb.py", "--join_parts=True", f"--out_dir={out}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=say):
+        fineweb.join_parts(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(UserError, match=r"not joined yet: python fineweb\.py --join_parts=True --out_dir="):
+        read_meta(str(out))
+    if what in ("missing", "cut"):  # the line has the command that mends it
+        assert call(*shlex.split(done.stderr.partition(": python ")[2])).returncode == 0
+        fineweb.join_parts(out)
+        assert read_split(out, "val") + read_split(out, "train") == tokens_of(documents())
+
+
+def test_a_part_alone_does_not_train(three_parts):
+    out, _ = three_parts
+    with pytest.raises(UserError, match=rf"is part 2/3 .*python fineweb.py --join_parts=True --out_dir={out}$"):
+        read_meta(str(out / "2of3"))
+
+
+def test_parts_too_small_for_validation(tmp_path):
+    write_rows(tmp_path / "a.jsonl", documents())
+    with pytest.raises(UserError, match=r"no text is left for train: .* use fewer parts"):
+        fineweb.prepare(DataConfig(out_dir=str(tmp_path / "out"), files=f"{tmp_path}/a.jsonl", part="1/2"))
+    write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(UserError, match="no text is left for train in all its parts"):
+        prepare_parts(tmp_path / "out2", 2, files=f"{tmp_path}/a.jsonl", val_fraction=0.99)
+
+
+def test_nothing_to_join(tmp_path):
+    with pytest.raises(UserError, match="no parts there"):
+        fineweb.join_parts(tmp_path / "nothere")
+    assert not (tmp_path / "nothere").exists()
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "1/0", "a/b", "-1/3", "", "1/3/3"])
+def test_what_is_no_part(part):
+    with pytest.raises(ValueError, match="part is"):
+        DataConfig(part=part)
+
+
+@pytest.mark.parametrize("options", [{"join": True}, {"url": "a"}, {"join_parts": True}])
+def test_what_has_no_parts(options):
+    with pytest.raises(ValueError, match=f"part and {next(iter(options))}"):
+        DataConfig(part="1/3", out_dir="out", **options)

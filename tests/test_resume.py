@@ -1,8 +1,10 @@
 """Nothing lost: what killed, stopped, resumed and misled runs end with, compared with a run that was left alone."""
 
+import dataclasses
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -20,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import distributed
+import start
 import train_gpt2
 from configurator import TORCHRUN, cli
 from dataloader import DataGuard
@@ -167,6 +170,55 @@ def test_on_another_number_of_processes_and_micro_batch(data_dir, pair, tmp_path
     assert "changed: batch_size = 1, was 2" in done.stdout
     (event,) = [e for e in metrics(out, "event") if e["event"] == "resume"]
     assert (event["changed"]["batch_size"], event["world_size"]) == ([2, 1], processes or 1)
+
+
+def test_an_out_dir_that_rank_0_alone_sees(data_dir, pair, tmp_path, monkeypatch):
+    """The run goes on to the same bits. Where another rank has later checkpoints, they may be the run's own."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(pair, out)
+    for path in checkpoint.find(str(out)):
+        if checkpoint.step_of(path) > 12:
+            path.unlink()
+    find, status, load = checkpoint.find, start.file_status, checkpoint.load_run
+
+    def is_main():
+        return os.environ["RANK"] == "0"
+
+    monkeypatch.setattr(checkpoint, "find", lambda folder: find(folder if is_main() else elsewhere))
+    monkeypatch.setattr(start, "file_status", lambda path: status(path if is_main() else elsewhere / path.name))
+    monkeypatch.setattr(checkpoint, "load_run", lambda path: load(path) if is_main() else 1 / 0)
+    (elsewhere / "ckpt_000013.pt").touch()
+    refused = train(data_dir, out, *PAIR, "--resume=True", processes=2)
+    assert refused.returncode == 2
+    assert re.search(r"rank 1 on .*holds a checkpoint of a later step than rank 0's", refused.stderr)
+    (elsewhere / "ckpt_000013.pt").rename(elsewhere / "ckpt_000012.pt")  # another one, which is not read
+    done = train(data_dir, out, *PAIR, "--resume=True", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 12" in done.stdout
+    assert same_state(out, pair)
+    assert records(out) == records(pair)
+
+
+@pytest.mark.parametrize("what", ["option", "data", "code"])
+def test_ranks_that_disagree(data_dir, tmp_path, monkeypatch, what):
+    real = {"option": start.resume_options, "data": start.read_meta, "code": start.code}[what]
+
+    def differently(*args):
+        found = real(*args)
+        if os.environ["RANK"] == "0":
+            return found
+        if what == "option":
+            return dataclasses.replace(found[0], seed=5), *found[1:]
+        return found | ({"val_words": 3} if what == "data" else {"model.py has checksum": "0"})
+
+    name = {"option": "resume_options", "data": "read_meta", "code": "code"}[what]
+    monkeypatch.setattr(start, name, differently)
+    done = train(data_dir, tmp_path / "run", *FLAGS, "--max_steps=3", processes=2)
+    line = {"option": "option seed = 5, but 1337 on rank 0", "data": f"the data in {data_dir} is 3 shards"}
+    assert done.returncode == 2
+    assert f"rank 1 on {platform.node()}: " + line.get(what, "model.py has checksum 0, but") in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

@@ -1,0 +1,124 @@
+"""What a start costs with 15T tokens: 150,000 shards of 100M, files of the right size that hold nothing.
+
+python records/2026-11-21_15T/measure.py index FOLDER [SHARDS]     # make it, and time what every start does
+python records/2026-11-21_15T/measure.py checkpoints FOLDER        # size and seconds by model
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+from dataloader import DataGuard, Windows, read_meta, train_batches  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from optim import make_optimizers  # noqa: E402
+from shards import HEADER_BYTES, shard_header  # noqa: E402
+
+TOKENS = 100_000_000  # in a shard
+
+
+def timed(what: str, action: object) -> object:
+    began, before = time.perf_counter(), maps()
+    result = action()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"{what}: {time.perf_counter() - began:.2f} s, {maps() - before:,} more maps, peak {peak:,} MB", flush=True)
+    return result
+
+
+def maps() -> int:
+    with open("/proc/self/maps", "rb") as file:
+        return sum(1 for _ in file)
+
+
+def make_index(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: dict = {"train": {}, "val": {}}
+    for number in range(count):
+        split = "val" if number == 0 else "train"
+        name = f"fake_{split}_{number:06d}.bin"
+        shards[split][name] = [TOKENS, number * 2654435761 % 2**32]
+        with open(folder / name, "wb") as file:
+            file.write(shard_header(TOKENS))
+            file.truncate(HEADER_BYTES + 2 * TOKENS)
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "settings": {}, "shards": shards}
+    meta |= {f"{split}_tokens": TOKENS * len(names) for split, names in shards.items()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def index(folder: Path, count: int) -> None:
+    if not (folder / "meta.json").exists():
+        timed(f"{count:,} shards made", lambda: make_index(folder, count))
+    print(f"meta.json: {(folder / 'meta.json').stat().st_size:,} bytes")
+    for life in ("first", "second"):  # the second finds the folder in memory
+        print(f"--- {life} look")
+        meta = timed("read_meta", lambda: read_meta(str(folder)))
+        train = timed("Windows of train", lambda: Windows(str(folder), "train", 1024, 50257))
+        val = timed("Windows of val", lambda: Windows(str(folder), "val", 1024, 50257))
+        guard = DataGuard(str(folder), ["train", "val"], meta, {})
+        timed("DataGuard.check, first", guard.check)
+        timed("DataGuard.check, at a checkpoint", guard.check)
+        path = folder.with_name("record.pt")
+        timed("its record written", lambda guard=guard, path=path: torch.save({"data": guard.record}, path))
+        timed("its record read", lambda path=path: torch.load(path, weights_only=True, mmap=True))
+        print(f"its record in a checkpoint: {path.stat().st_size:,} bytes")
+        path.unlink()
+    print(f"{len(train):,} train windows, {len(val):,} val windows")
+    rng = np.random.default_rng(0)
+    for rows in (64, 64, 64):
+        indices = rng.integers(0, len(train), rows)
+        timed(f"{rows} windows read from anywhere", lambda indices=indices: train.read(indices))
+    # 1,024 ranks, 4 windows each a step: what one rank's reader does
+    batches = train_batches(train, 1, 4096, 4, 5, 1024, torch.device("cpu"), 1)
+    next(batches)
+    timed("100 steps of one of 1,024 ranks (4 of 4,096 windows)", lambda: [next(batches) for _ in range(100)])
+    batches.close()
+
+
+def checkpoints(folder: Path) -> None:
+    sizes = {"124M": (12, 12, 768), "medium": (24, 16, 1024)}
+    for name, (n_layer, n_head, n_embd) in sizes.items():
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50304))
+        [optimizer] = make_optimizers(model, "adamw", 1e-3, 0.1, (0.9, 0.95), lambda function, batch: function(batch))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for p in model.parameters():
+            p.grad = None
+        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict()], "step": 1}
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            began = time.perf_counter()
+            path = checkpoint.save(state, str(folder), 1, None)
+            seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            with open(path, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            import zipfile
+
+            with zipfile.ZipFile(path) as archive:
+                archive.testzip()
+            checked, size = time.perf_counter() - began, path.stat().st_size
+            parameters = model.num_params()
+            print(
+                f"{name}: {parameters:,} parameters, {size:,} bytes ({size / parameters:.1f} a parameter), saved in "
+                f"{seconds:.1f} s ({size / seconds / 1e6:,.0f} MB/s), its checksums in {checked:.1f} s",
+                flush=True,
+            )
+            path.unlink()
+        del model, optimizer, state
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "index":
+        index(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 150_000)
+    else:
+        checkpoints(Path(sys.argv[2]))
