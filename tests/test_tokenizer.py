@@ -1,3 +1,4 @@
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -407,3 +408,48 @@ def test_a_document_token_of_another_name(hf, tmp_path):
     assert enc.eot_token == hf.token_to_id(ENDOFTEXT)
     with pytest.raises(UserError, match="'<s>' is not one of its added tokens"):
         tokenizer_content(str(tmp_path / "foreign.json"), "<s>")
+
+
+@pytest.mark.parametrize("text", ["", "abc"])
+def test_text_too_short_to_learn_from(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    done = call("tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nothing to learn there" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_separators_are_not_learned(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one fish{ENDOFTEXT}two fishes{ENDOFTEXT}" * 200)
+    for name, flags in (("whole", []), ("cut", [f"--separator={ENDOFTEXT}"])):
+        done = call("tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / name}.json", *flags)
+        assert done.returncode == 0, done.stderr
+        tokens = get_tokenizer(f"{tmp_path / name}.json")._mergeable_ranks
+        assert (b" fishes" in tokens, b"endoftext" in tokens) == (True, name == "whole")
+        assert ("bytes per token: not known" in done.stdout) == (name == "whole")  # one document holds out none
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--files="], "say what to learn from"),
+        (["--files=a.txt", "--split=test"], "--split: split belongs to dataset"),
+        (["--dataset=a", "--separator=x"], "--separator: separator belongs to files"),
+        (["--files=a.txt", "--vocab_size=65537"], "it must be 257 (bytes and a document token) to 65536"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, flags, message):
+    done = call("tokenizer.py", *flags, f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+
+
+def test_a_full_disk_is_one_line(texts, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = call("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'a.json'}: No space left on device; when that is mended" in done.stderr
+    assert list(tmp_path.iterdir()) == [texts]
