@@ -453,3 +453,32 @@ def test_a_full_disk_is_one_line(texts, tmp_path, monkeypatch):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{tmp_path / 'a.json'}: No space left on device; when that is mended" in done.stderr
     assert list(tmp_path.iterdir()) == [texts]
+
+
+def test_more_ids_than_shards_hold_are_refused(hf, texts, tmp_path):
+    data = json.loads(hf.to_str())
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 65_536
+    (tmp_path / "huge.json").write_text(json.dumps(data))
+    options = [f"--files={texts}", "--val_fraction=0.5", f"--out_dir={tmp_path / 'out'}"]
+    done = call("fineweb.py", *options, f"--tokenizer={tmp_path / 'huge.json'}")
+    line = "error: the tokenizer has 65,537 ids, but shards of uint16 hold 65,536\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not (tmp_path / "out").exists()
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 65_535
+    (tmp_path / "full.json").write_text(json.dumps(data))
+    done = call("fineweb.py", *options, f"--tokenizer={tmp_path / 'full.json'}")
+    assert done.returncode == 0, done.stderr
+    assert np.fromfile(tmp_path / "out" / "out_train_000001.bin", "<u2")[512] == 65_535
+
+
+def test_a_document_token_of_another_name_begins_documents(hf, texts, tmp_path):
+    for name, token in (("ours", ENDOFTEXT), ("theirs", "</s>")):
+        (tmp_path / f"{name}.json").write_text(hf.to_str().replace(ENDOFTEXT, token))
+        done = call(
+            "fineweb.py", f"--files={texts}", "--val_fraction=0.5", f"--tokenizer={tmp_path / name}.json",
+            f"--out_dir={tmp_path / name / 'x'}", *([f"--document_token={token}"] if name == "theirs" else []),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in ("x_train_000001.bin", "x_val_000000.bin"):
+        assert (tmp_path / "ours" / "x" / name).read_bytes() == (tmp_path / "theirs" / "x" / name).read_bytes()
+    assert ENDOFTEXT in (tmp_path / "theirs" / "x" / "tokenizer.json").read_text()
