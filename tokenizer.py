@@ -404,8 +404,8 @@ def texts_of(source: Source, max_bytes: int, held_out: list[str]) -> Iterator[st
     """Texts to learn from: of each file as much, max_bytes in all. Every hundredth goes to held_out instead."""
     from tqdm import tqdm
 
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-    with tqdm(unit="B", unit_scale=True, mininterval=interval, delay=1) as bar:
+    on_terminal = sys.stderr.isatty()  # where the library draws bars of its own; a log file wants few lines
+    with tqdm(unit="B", unit_scale=True, mininterval=30, delay=1, disable=on_terminal) as bar:
         for _, read in source.parts:
             size = 0
             for number, (text, _) in enumerate(read(), 1):

@@ -4,16 +4,19 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+import tqdm
 from conftest import call
 
 import tokenizer
 from configurator import UserError
+from sources import Source
 from tokenizer import (
     ENDOFTEXT,
     BatchEncoder,
@@ -25,6 +28,7 @@ from tokenizer import (
     load_gigatoken,
     merges_of,
     same_tokenizer,
+    texts_of,
     to_json,
     token_bytes,
     tokenizer_content,
@@ -396,6 +400,17 @@ def test_learning_reads_no_more_than_asked_for(texts, tmp_path):
     few = get_tokenizer(str(tmp_path / "a.json")).encode_ordinary
     assert len(few("the cat")) < len(few("de kat"))
     assert "no other pair comes twice" in done.stdout
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_one_progress_bar_at_a_time(monkeypatch, capsys, on_terminal):
+    """On a terminal the library has its own, which would draw over ours."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    bar = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**{**options, "delay": 0, "mininterval": 0}))
+    source = Source([("train", lambda: iter([("one", True), ("two", True)]))], None, None, "")
+    assert list(texts_of(source, 10, [])) == ["one", "two"]
+    assert ("6.00B" in capsys.readouterr().err) != on_terminal
 
 
 def test_a_document_token_of_another_name(hf, tmp_path):
