@@ -61,13 +61,17 @@ class TokenizerConfig:
     text_column: str = "text"  # of a data set, .jsonl and .parquet
     files: PathStr | None = None  # or a glob of .jsonl, .jsonl.gz, .parquet, or text
     exclude: str | None = None  # globs, separated by commas, of paths to leave out of files
+    separator: str | None = None  # what stands between documents in a text file, and is not learned
     vocab_size: int = 52000  # ids, of which 256 are the bytes and one is <|endoftext|>
     out: PathStr | None = None  # the .json to write; must not exist yet
     max_bytes: int = 1_000_000_000  # learn from this much text at most, as much of each file
 
     def __post_init__(self) -> None:
-        if (self.dataset is None) == (self.files is None):
+        if bool(self.dataset) == bool(self.files):  # empty is none, as in --files=$UNSET
             raise ValueError("say what to learn from: --dataset=NAME_OR_FOLDER or --files=GLOB")
+        for name, source in dict(subset="dataset", split="dataset", exclude="files", separator="files").items():
+            if getattr(self, name) != getattr(TokenizerConfig, name) and not getattr(self, source):
+                raise ValueError(f"{name} belongs to {source}")
         if self.out is None or not self.out.endswith(".json"):
             raise ValueError("say where to write: --out=NAME.json")
         if not 257 <= self.vocab_size <= 1 << 16:
@@ -363,17 +367,26 @@ def merges_of(enc: tiktoken.Encoding) -> list[tuple[bytes, bytes]]:
 
 def main() -> int:
     config, _ = configure(TokenizerConfig)
-    out = Path(config.out)
+    try:
+        make_tokenizer(config, Path(config.out))
+    except OSError as error:  # disk full, no permission
+        what = f"{error.filename or config.out}: {error.strerror or error}"
+        raise UserError(f"{what}; when that is mended, run the same command again") from None
+    return 0
+
+
+def make_tokenizer(config: TokenizerConfig, out: Path) -> None:
+    """Learn a tokenizer and write it to `out`, whole or not at all. Raises UserError."""
     if out.exists():
         raise UserError(f"{out} exists already; delete it, or name another --out")
     if not out.absolute().parent.is_dir():
         raise UserError(f"out = {config.out!r}: there is no such folder to write to")
-    source = open_source(
-        SimpleNamespace(**vars(config), url=None, val_split=None, join=False, separator=None), out.parent
-    )
+    source = open_source(SimpleNamespace(**vars(config), url=None, val_split=None, join=False), out.parent)
     held_out: list[str] = []
     content = learn(texts_of(source, config.max_bytes, held_out), config.vocab_size)
     enc = get_tokenizer(content)
+    if enc.n_vocab == 257 < config.vocab_size:
+        raise UserError(f"{config.dataset or config.files}: nothing to learn there: no pair of bytes comes twice")
     with whole_file(out, "w") as file:
         file.write(content)
     if enc.n_vocab < config.vocab_size:
@@ -382,16 +395,17 @@ def main() -> int:
     for name, encoding in ((out, enc), ("gpt2", get_tokenizer("gpt2"))) if size else ():
         tokens = sum(map(len, encoding.encode_ordinary_batch(held_out)))
         print(f"{name}: {size / tokens:.3f} bytes per token on {size:,} bytes held out")
+    if not size:
+        print("bytes per token: not known, as files of fewer than 100 documents (or MB of a text file) hold none out")
     print(f"next: python fineweb.py ... --tokenizer={out}")
-    return 0
 
 
 def texts_of(source: Source, max_bytes: int, held_out: list[str]) -> Iterator[str]:
     """Texts to learn from: of each file as much, max_bytes in all. Every hundredth goes to held_out instead."""
     from tqdm import tqdm
 
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-    with tqdm(unit="B", unit_scale=True, mininterval=interval, delay=1) as bar:
+    on_terminal = sys.stderr.isatty()  # where the library draws bars of its own; a log file wants few lines
+    with tqdm(unit="B", unit_scale=True, mininterval=30, delay=1, disable=on_terminal) as bar:
         for part in source.parts:
             size = 0
             for number, (text, _) in enumerate(part.read(), 1):
@@ -420,9 +434,7 @@ def learn(texts: Iterator[str], vocab_size: int) -> str:
         vocab_size=vocab_size, min_frequency=2, special_tokens=[ENDOFTEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty(),
     )  # fmt: skip
-    handler = signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Rust would hold back Ctrl-C for minutes; nothing is written
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Rust would hold back Ctrl-C for minutes
     learned.train_from_iterator(texts, trainer)
     signal.signal(signal.SIGINT, handler)
     return learned.to_str()

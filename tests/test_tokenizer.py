@@ -1,18 +1,22 @@
+import errno
 import importlib.metadata
 import importlib.util
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+import tqdm
 from conftest import call
 
 import tokenizer
 from configurator import UserError
+from sources import Source
 from tokenizer import (
     ENDOFTEXT,
     BatchEncoder,
@@ -24,6 +28,7 @@ from tokenizer import (
     load_gigatoken,
     merges_of,
     same_tokenizer,
+    texts_of,
     to_json,
     token_bytes,
     tokenizer_content,
@@ -397,6 +402,17 @@ def test_learning_reads_no_more_than_asked_for(texts, tmp_path):
     assert "no other pair comes twice" in done.stdout
 
 
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_one_progress_bar_at_a_time(monkeypatch, capsys, on_terminal):
+    """On a terminal the library has its own, which would draw over ours."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    bar = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**{**options, "delay": 0, "mininterval": 0}))
+    source = Source([("train", lambda: iter([("one", True), ("two", True)]))], None, None, "")
+    assert list(texts_of(source, 10, [])) == ["one", "two"]
+    assert ("6.00B" in capsys.readouterr().err) != on_terminal
+
+
 def test_a_document_token_of_another_name(hf, tmp_path):
     data = json.loads(hf.to_str().replace(ENDOFTEXT, "</s>"))
     (tmp_path / "foreign.json").write_text(json.dumps(data))
@@ -407,3 +423,77 @@ def test_a_document_token_of_another_name(hf, tmp_path):
     assert enc.eot_token == hf.token_to_id(ENDOFTEXT)
     with pytest.raises(UserError, match="'<s>' is not one of its added tokens"):
         tokenizer_content(str(tmp_path / "foreign.json"), "<s>")
+
+
+@pytest.mark.parametrize("text", ["", "abc"])
+def test_text_too_short_to_learn_from(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    done = call("tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nothing to learn there" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_separators_are_not_learned(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one fish{ENDOFTEXT}two fishes{ENDOFTEXT}" * 200)
+    for name, flags in (("whole", []), ("cut", [f"--separator={ENDOFTEXT}"])):
+        done = call("tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / name}.json", *flags)
+        assert done.returncode == 0, done.stderr
+        tokens = get_tokenizer(f"{tmp_path / name}.json")._mergeable_ranks
+        assert (b" fishes" in tokens, b"endoftext" in tokens) == (True, name == "whole")
+        assert ("bytes per token: not known" in done.stdout) == (name == "whole")  # one document holds out none
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--files="], "say what to learn from"),
+        (["--files=a.txt", "--split=test"], "--split: split belongs to dataset"),
+        (["--dataset=a", "--separator=x"], "--separator: separator belongs to files"),
+        (["--files=a.txt", "--vocab_size=65537"], "it must be 257 (bytes and a document token) to 65536"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, flags, message):
+    done = call("tokenizer.py", *flags, f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+
+
+def test_a_full_disk_is_one_line(texts, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = call("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'a.json'}: No space left on device; when that is mended" in done.stderr
+    assert list(tmp_path.iterdir()) == [texts]
+
+
+def test_more_ids_than_shards_hold_are_refused(hf, texts, tmp_path):
+    data = json.loads(hf.to_str())
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 65_536
+    (tmp_path / "huge.json").write_text(json.dumps(data))
+    options = [f"--files={texts}", "--val_fraction=0.5", f"--out_dir={tmp_path / 'out'}"]
+    done = call("fineweb.py", *options, f"--tokenizer={tmp_path / 'huge.json'}")
+    line = "error: the tokenizer has 65,537 ids, but shards of uint16 hold 65,536\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not (tmp_path / "out").exists()
+    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 65_535
+    (tmp_path / "full.json").write_text(json.dumps(data))
+    done = call("fineweb.py", *options, f"--tokenizer={tmp_path / 'full.json'}")
+    assert done.returncode == 0, done.stderr
+    assert np.fromfile(tmp_path / "out" / "out_train_000001.bin", "<u2")[512] == 65_535
+
+
+def test_a_document_token_of_another_name_begins_documents(hf, texts, tmp_path):
+    for name, token in (("ours", ENDOFTEXT), ("theirs", "</s>")):
+        (tmp_path / f"{name}.json").write_text(hf.to_str().replace(ENDOFTEXT, token))
+        done = call(
+            "fineweb.py", f"--files={texts}", "--val_fraction=0.5", f"--tokenizer={tmp_path / name}.json",
+            f"--out_dir={tmp_path / name / 'x'}", *([f"--document_token={token}"] if name == "theirs" else []),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in ("x_train_000001.bin", "x_val_000000.bin"):
+        assert (tmp_path / "ours" / "x" / name).read_bytes() == (tmp_path / "theirs" / "x" / name).read_bytes()
+    assert ENDOFTEXT in (tmp_path / "theirs" / "x" / "tokenizer.json").read_text()

@@ -1,0 +1,18 @@
+"""Tokens of held-out text, by a tokenizer and by GPT-2's: python held_out.py TOKENIZER.json GLOB [...]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from sources import find_files, open_file
+from tokenizer import get_tokenizer
+
+for own, pattern in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    texts = [text for path in find_files(pattern, None) for text, _ in open_file(path, "text", None)[0]()]
+    size = sum(len(text.encode()) for text in texts)
+    for name in (own, "gpt2"):
+        tokens = sum(map(len, get_tokenizer(name).encode_ordinary_batch(texts, num_threads=1)))
+        print(
+            f"{pattern}: {len(texts)} documents, {size:,} bytes; {name}: {tokens:,} tokens, {size / tokens:.3f} bytes"
+        )
