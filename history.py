@@ -220,15 +220,18 @@ def group(runs: Sequence[History]) -> list[Group]:
     experiments: dict[str, list[History]] = {}
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in SAME_EXPERIMENT}
-        text = [run.data.get(name) for name in ("tokenizer", "vocab_size", "train_bytes", "val_bytes")]
-        experiments.setdefault(repr((sorted(settings.items()), text)) if settings else str(run.folder), []).append(run)
+        same = repr((sorted(settings.items()), sorted(run.data.items())))
+        experiments.setdefault(same if settings else str(run.folder), []).append(run)
     differing = differences([runs[0] for runs in experiments.values()])
-    groups = []
-    for i, members in enumerate(experiments.values()):
-        options = ", ".join(f"{name}={values[i]}" for name, values in differing.items())
-        short = 0 < len(options) <= 50 and len(experiments) > 1
-        groups.append(Group((options if short else members[0].name).lstrip("_") or "run", members))
-    return groups
+    labels = []
+    for i in range(len(experiments)):
+        values = {name: each[i] for name, each in differing.items()}
+        labels.append(", ".join(v if isinstance(v, str) else f"{name}={v}" for name, v in values.items()))
+    names = [members[0].name for members in experiments.values()]
+    if len(set(labels)) < len(labels) or not all(0 < len(label) <= 50 for label in labels):
+        labels = names
+    pairs = zip(labels, experiments.values(), strict=True)
+    return [Group(label.lstrip("_") or "run", members) for label, members in pairs]  # a legend leaves out _names
 
 
 def differences(runs: Sequence[History]) -> dict[str, list]:
@@ -287,7 +290,7 @@ def verdict(groups: Sequence[Group], unit: str) -> str | None:
     steps = [c.steps[-1] for c in (first, second)]
     at = f"step {steps[0]:,}" if steps[0] == steps[1] else f"steps {steps[0]:,} and {steps[1]:,}"
     reached = next((s for s, value in zip(first.steps, first.mean, strict=True) if value <= other), None)
-    sooner = f"; it is there at step {reached:,}" if reached is not None and reached < steps[1] else ""
+    sooner = f", whose loss it reaches by step {reached:,}" if reached is not None and reached < steps[1] else ""
     return (
         f"{best.label}: {mean:.4f}, {other - mean:.4f} {unit} below {next_best.label} ({other:.4f}) at {at}{sooner}; "
         f"{spread}"

@@ -73,7 +73,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def dress(axes: "Axes", x: str, y: str, title: str = "") -> None:
     """Labels, grid and title; parse_math is off as a folder may be called $."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
@@ -81,14 +81,22 @@ def dress(axes: "Axes", x: str, y: str, title: str = "") -> None:
     if title:
         axes.set_title(title, parse_math=False, fontsize=10, loc="left", wrap=True)
     if x == UNITS["step"]:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
     if x == UNITS["tokens"]:
-        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+
+
+def short(count: float) -> str:
+    """1500000 -> 1.5M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:g}{letter}"
+    return f"{count:g}"
 
 
 def legend(axes: "Axes", **where: object) -> None:
     if axes.get_legend_handles_labels()[0]:
-        for text in axes.legend(frameon=False, fontsize=9, **where).get_texts():
+        for text in axes.legend(frameon=False, fontsize=9, title_fontsize=8, **where).get_texts():
             text.set_parse_math(False)
 
 
@@ -103,7 +111,6 @@ def loss_figure(groups: Sequence[Group], unit: str, axis: str) -> "Figure":
     else:
         for color, each in zip(colors(groups), groups, strict=True):
             draw_group(axes, each, unit, axis, color)
-        axes.plot([], [], color="grey", linewidth=1, alpha=0.5, label="thin: train loss, smoothed")
         title = history.verdict(groups, unit) or ""
         if not history.same_data(runs):
             title = "on different data: the losses do not compare"
@@ -116,7 +123,7 @@ def loss_figure(groups: Sequence[Group], unit: str, axis: str) -> "Figure":
         top = axes.secondary_xaxis("top", functions=(lambda x: x * each, lambda x: x / each))
         dress(top, UNITS["tokens"], "")
         top.spines["top"].set_visible(True)
-    legend(axes, loc="upper right")
+    legend(axes, loc="best", title=None if len(runs) == 1 else "thick: val loss, mean and range; thin: train, smoothed")
     if side:
         draw_ends(side[0], groups, unit)
     return figure
@@ -164,11 +171,10 @@ def draw_group(axes: "Axes", members: Group, unit: str, axis: str, color: str) -
             continue
         positions = [history.along(run, curve.steps, axis) for run in members.runs]
         x = [sum(each) / len(each) for each in zip(*positions, strict=True)]
-        count = len(members.runs)
-        label = f"{members.label}: val" + (f", mean and range of {count} runs" if count > 1 else "")
+        label = members.label + (f" ({len(members.runs)} runs)" if len(members.runs) > 1 else "")
         if thin:
             smooth = history.smoothed(curve.mean, history.span_of(len(curve.steps)))
-            axes.plot(x, smooth, color=color, linewidth=1, alpha=0.5, label=None if val.steps else members.label)
+            axes.plot(x, smooth, color=color, linewidth=1, alpha=0.5, label=None if val.steps else label)
         else:
             axes.fill_between(x, curve.low, curve.high, color=color, alpha=0.25, linewidth=0)
             axes.plot(x, curve.mean, "o-", color=color, linewidth=1.6, markersize=3, label=label)
@@ -187,7 +193,9 @@ def draw_ends(axes: "Axes", groups: Sequence[Group], unit: str) -> None:
                 label, (i, max(ends)), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color
             )
     dress(axes, "", f"last val loss of each run ({unit})")
-    axes.set_xticks([])
+    names = [each.label.replace(", ", ",\n") for each in groups]
+    turned = dict(rotation=45, ha="right") if len(groups) > 2 else {}
+    axes.set_xticks(range(len(groups)), names, fontsize=7, parse_math=False, **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.2)
     axes.grid(visible=False, axis="x")
@@ -224,7 +232,7 @@ def crop(axes: "Axes", runs: Sequence[History], unit: str) -> None:
     late, every = [], []
     for run, split, steps, losses in curves:
         losses = in_unit(run, losses, unit, split)
-        late += [loss for step, loss in zip(steps, losses, strict=True) if step >= 0.06 * last_step(run)]
+        late += [loss for step, loss in zip(steps, losses, strict=True) if step >= last_step(run) / 8]
         every += losses
     if len(every) < 20 or not late:
         return
@@ -237,6 +245,8 @@ def crop(axes: "Axes", runs: Sequence[History], unit: str) -> None:
 
 def training_figure(groups: Sequence[Group]) -> "Figure":
     """Learning rate, gradient norm and throughput of every run by step."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = new_figure(8, 6.6)
     panels = figure.subplots(3, 1, sharex=True)
     rows = (("lr", "learning rate"), ("grad_norm", "gradient norm\nbefore clipping"), ("tokens_per_sec", "tokens/s"))
@@ -251,7 +261,9 @@ def training_figure(groups: Sequence[Group]) -> "Figure":
                 axes.plot(steps, known, color=color, linewidth=1, alpha=0.8, label=each.label if i == 0 else None)
         if name == "grad_norm" and values and min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif values:
             axes.set_ylim(0, 1.08 * max(values) or 1)
         dress(axes, UNITS["step"] if axes is panels[-1] else "", label)
@@ -267,7 +279,7 @@ def training_figure(groups: Sequence[Group]) -> "Figure":
 
 def hellaswag_figure(groups: Sequence[Group]) -> "Figure":
     """HellaSwag accuracy by step, beside GPT-2's and chance where all examples were asked."""
-    figure = new_figure(8, 4.2)
+    figure = new_figure(8, 4.8)
     axes, every = figure.subplots(), False
     for color, each in zip(colors(groups), groups, strict=True):
         for name, style in (("acc_norm", "o-"), ("acc", "o:")):
@@ -282,5 +294,5 @@ def hellaswag_figure(groups: Sequence[Group]) -> "Figure":
             axes.axhline(HELLASWAG[name], color="grey", linewidth=1, linestyle=style, label=label)
     axes.axhline(CHANCE, color="grey", linewidth=1, linestyle="--", label="chance")
     dress(axes, UNITS["step"], "HellaSwag accuracy")
-    legend(axes, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure

@@ -31,7 +31,7 @@ from plots import plots
 class ReportConfig:
     out_dir: PathStr | None = None  # where it goes; None: the run's folder, or "comparison" beside the first of several
     dollars_per_hour: float | None = None  # of all the machines of a run together, for its cost
-    dpi: int = 110  # resolution of the plots
+    dpi: int = 100  # resolution of the plots
 
     def __post_init__(self) -> None:
         at_least(self, 0, "dollars_per_hour")
@@ -52,7 +52,7 @@ def main() -> int:
     return 0
 
 
-def write(runs: Sequence[History], out_dir: str | Path, dollars_per_hour: float | None = None, dpi: int = 110) -> Path:
+def write(runs: Sequence[History], out_dir: str | Path, dollars_per_hour: float | None = None, dpi: int = 100) -> Path:
     """Write report.md and its plots into out_dir; returns the path of report.md.
 
     Raises UserError where the runs do not compare, or out_dir cannot be written.
@@ -61,7 +61,7 @@ def write(runs: Sequence[History], out_dir: str | Path, dollars_per_hour: float 
     out_dir, pictures = Path(out_dir), {}
     for name, figure in plots(groups, unit).items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi)
+        figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"optimize": True})
         pictures[name] = buffer.getvalue()
     text = page(runs[0], list(pictures), dollars_per_hour) if len(runs) == 1 else None
     text = text or comparison(groups, unit, list(pictures), dollars_per_hour)

@@ -54,6 +54,11 @@ def seen(figure):
 # Arithmetic
 
 
+def test_short_counts():
+    counts = [0, 999, 1000, 1.5e6, 2e9, 1.3e13]
+    assert [plots.short(count) for count in counts] == ["0", "999", "1k", "1.5M", "2B", "13T"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 @pytest.mark.parametrize("span", [1, 3, 9])
 def test_smoothed_means(count, span):
@@ -228,7 +233,7 @@ def test_optimizers_with_three_seeds_each(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/comparison/report.md\n"), done.stderr
     runs = list(map(history.read, folders))
     groups = history.group(runs)
-    assert [(each.label, len(each.runs)) for each in groups] == [("optimizer=adamw", 3), ("optimizer=muon", 3)]
+    assert [(each.label, len(each.runs)) for each in groups] == [("adamw", 3), ("muon", 3)]
     curve = history.val_curve(groups[1], "nats per token")
     brute = [[2 + seed / 100 - 0.5 + 3 * (1 - step / 60) for seed in (1, 2, 3)] for step in range(0, 61, 10)]
     assert curve.steps == list(range(0, 61, 10))
@@ -237,8 +242,8 @@ def test_optimizers_with_three_seeds_each(tmp_path):
     assert curve.high == pytest.approx([max(each) for each in brute])
     says = history.verdict(groups, "nats per token")
     assert says == (
-        "optimizer=muon: 1.5200, 0.5000 nats per token below optimizer=adamw (2.0200) at step 60; "
-        "it is there at step 50; the runs' ranges do not overlap"
+        "muon: 1.5200, 0.5000 nats per token below adamw (2.0200) at step 60, "
+        "whose loss it reaches by step 50; the runs' ranges do not overlap"
     )
     page = (tmp_path / "comparison" / "report.md").read_text()
     assert says in page
