@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) report.py out/quickstart
 	$(RUN) sample.py --model=out/quickstart --start="def main" --max_new_tokens=600
 	@echo
-	@echo "data: data/stdlib   run: out/quickstart (checkpoints, metrics.jsonl, loss.png, lr.png)"
+	@echo "data: data/stdlib   run: out/quickstart (checkpoints, metrics.jsonl, report.md and its plots)"
 	@echo "more text: $(RUN) sample.py --model=out/quickstart --start='import os' --seed=2"
 
 test: $(VENV)/.installed-dev

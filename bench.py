@@ -43,8 +43,8 @@ from memory import Foreseen, Setting, foresee
 from metrics import Metrics
 from model import GPTConfig
 from shards import shard_header
-from start import compiles, look, starting_point
-from train_gpt2 import Run, TrainConfig, advice_on_memory, build, train_step
+from start import advice_on_memory, compiles, look, starting_point
+from train_gpt2 import Run, TrainConfig, build, train_step
 
 HERE = Path(__file__).parent
 CARDS = (12, 24, 40, 80)  # GB
@@ -232,6 +232,7 @@ def foresee_memory(config: TrainConfig, gpt_config: GPTConfig, sources: dict[str
         setting = Setting(
             batch_size, T, config.optimizer, getattr(torch, dtype), compiles(config, torch.device(device)), device,
             config.activation_checkpointing, config.chunked_loss, accumulates=not alone,
+            shards=processes if config.parallel == "fsdp" else 1,
         )  # fmt: skip
         return foresee(gpt_config, replace(setting, **options))
 

@@ -1,5 +1,6 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
+import math
 import re
 import sys
 import typing
@@ -21,9 +22,14 @@ from model import GPT, GPTConfig
 SPEAKS = {"model": (OrderedDict, dict), "step": (int,), "gpt_config": (dict,), "tokenizer": (str, NoneType)}
 GOES_ON = {
     "config": (dict,), "optimizers": (list,), "scaler": (dict,), "data": (dict,), "best": (dict,), "skipped": (int,),
-    "stopped": (bool,), "target_reached": (bool,), "seconds": (float,),
+    "stopped": (bool,), "target_reached": (bool,), "plateau": (bool,), "lowest": (dict,), "seconds": (float,),
+    "loss_sum": (float,), "loss_count": (int,), "mean_loss": (float, NoneType),
 }  # fmt: skip
 BEST = {"step": (int, NoneType), "val_loss": (float,)}
+LATER = {  # what older versions' checkpoints have not
+    "seconds": 0.0, "plateau": False, "lowest": {"step": 0, "val_loss": math.inf},
+    "loss_sum": 0.0, "loss_count": 0, "mean_loss": None,
+}  # fmt: skip
 SCALER = {"scale": (float,), "_growth_tracker": (int,)}
 
 
@@ -95,11 +101,12 @@ def load(path: Path) -> dict:
 def load_run(path: Path) -> dict:
     """The same of a checkpoint that a run can resume, and its path. Raises UserError if it holds only a model, or its
     types and sizes are not a run's."""
-    saved = {"seconds": 0.0} | load(path)  # an older version's has none
+    saved = LATER | load(path)
     if missing := GOES_ON.keys() - saved.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
     check_types(saved, GOES_ON, f"{path}:")
     check_types(saved["best"], BEST, f"{path}: best")
+    check_types(saved["lowest"], BEST | {"step": (int,)}, f"{path}: lowest")
     if saved["scaler"]:
         check_types(saved["scaler"], SCALER, f"{path}: scaler")
     gpt_config(saved, path)

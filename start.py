@@ -4,12 +4,13 @@
 mistake in the options, the data or the machine is a UserError here, and nothing has been touched.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import typing
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import checkpoint
-from configurator import UserError, check
+from configurator import UserError, check, out_of_memory
 from dataloader import DataGuard, Windows, data_tokenizer, read_meta
 from distributed import World, code
 from metrics import Metrics, read_metrics
@@ -280,3 +281,21 @@ def load_hellaswag(
         if config.hellaswag_data:
             raise
         return [], f"no HellaSwag in this run: {error}"  # a machine without a network can train all the same
+
+
+@contextlib.contextmanager
+def advice_on_memory(config: Any, begun: bool = False) -> Iterator[None]:
+    """Turns running out of memory into a UserError that says what was asked and what to do, on this process alone."""
+    try:
+        yield
+    except Exception as error:
+        problem = out_of_memory(error)
+        if not problem:
+            raise
+        advice = [f"--batch_size={config.batch_size // 2}"] if config.batch_size > 1 else []
+        saving = ("activation_checkpointing", "chunked_loss")
+        advice += [f"--{name}=True" for name in saving if not getattr(config, name)]
+        asked = f"batch_size {config.batch_size}" + (f" x seq_len {config.seq_len}" if config.seq_len else "")
+        use = " or ".join(advice) or "a smaller model or seq_len"
+        go_on = "; with any of them this run goes on by --resume=True" if begun and advice else ""
+        raise UserError(f"{problem} at {asked}; use {use}{go_on}", alone=True) from None

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import checkpoint
-from configurator import PathStr, UserError, at_least, cli, configure, out_of_memory, under_torchrun
+from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
-from start import Plan, Start, compiles, load_hellaswag, look
+from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class TrainConfig:
     max_hours: float | None = None  # end then, if that is sooner still: hours of all lives of a resumed run together
     target_loss: float | None = None  # stop after a step whose train loss is below this
     target_val_loss: float | None = None  # stop at an evaluation whose val loss is below this
+    patience: int | None = None  # stop when the val loss has had no new low for this many val_intervals
     # optimizer
     optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW takes the rest
     learning_rate: float = 6e-4  # the highest
@@ -83,13 +84,19 @@ class TrainConfig:
     hellaswag_data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     sample_interval: int = 0  # steps between samples
     sample_start: str = ""  # what samples continue; empty: the start of a document
+    sample_num: int = 1  # samples each time
+    sample_tokens: int = 200  # of each, unless it ends itself with <|endoftext|>
+    sample_temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
+    sample_top_k: int | None = 200  # draw from this many likeliest tokens; None: from all
     checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
     keep_checkpoints: int = 3  # the newest ones, and the best; 0: all
     log_interval: int = 10  # steps between log lines and train records
     log_to: Literal["tensorboard", "wandb"] | None = None  # where metrics go beside metrics.jsonl; wandb also offline
+    report: bool = True  # write report.md and its plots at the end, as report.py does
 
     def __post_init__(self):
         at_least(self, 1, "batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
+        at_least(self, 1, "patience", "sample_num", "sample_tokens", "sample_top_k")
         at_least(
             self, 0, "seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval",
             "keep_checkpoints", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens",
@@ -106,20 +113,24 @@ class TrainConfig:
         for name in ("epochs", "max_hours"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 2**31:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0 and below 2^31")
+        if self.sample_temperature and self.sample_temperature < 1e-6:  # logits over less leave what float32 holds
+            raise ValueError(f"sample_temperature = {self.sample_temperature}, but it must be 0 or at least 1e-6")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if self.parallel == "fsdp" and self.optimizer == "adafactor":
             raise ValueError("optimizer = 'adafactor' needs whole matrices; use --parallel=ddp, or adamw or muon")
-        if self.target_val_loss is not None and not self.val_interval:
-            raise ValueError("target_val_loss is looked at in evaluations, but val_interval = 0 means there are none")
+        for name in ("target_val_loss", "patience"):
+            if getattr(self, name) is not None and not self.val_interval:
+                raise ValueError(f"{name} is looked at in evaluations, but val_interval = 0 means there are none")
 
 
 # Options that may differ when a run is resumed: where, on what, how long, how often. All others make another run.
 MAY_CHANGE = {
     "out_dir", "data_dir", "resume", "device", "dtype", "compile", "cudnn_attention", "deterministic", "parallel",
     "activation_checkpointing", "chunked_loss", "batch_size", "max_steps", "epochs", "max_hours", "target_loss",
-    "target_val_loss", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data", "sample_interval",
-    "sample_start", "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to",
+    "target_val_loss", "patience", "max_skipped", "val_interval", "hellaswag_interval", "hellaswag_data",
+    "sample_interval", "sample_start", "sample_num", "sample_tokens", "sample_temperature", "sample_top_k",
+    "checkpoint_interval", "keep_checkpoints", "log_interval", "log_to", "report",
 }  # fmt: skip
 
 
@@ -130,7 +141,12 @@ class State:
     step: int = 0  # optimizer steps done
     skipped: int = 0  # the last steps in a row that had no finite loss and gradient
     best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # of the saved steps
+    lowest: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})  # of all evaluations
     target_reached: bool = False
+    plateau: bool = False  # the patience is at its end
+    loss_sum: float = 0.0  # of the finite losses since the last train record
+    loss_count: int = 0  # how many they are
+    mean_loss: float | None = None  # what that record said
     seconds: float = 0.0  # since the launch; those of a resumed run's earlier lives count
     stopped: bool = False  # by a signal, before this step's evaluations were done
 
@@ -177,6 +193,8 @@ def main() -> int:
     state = State(**{name: start.saved[name] for name in vars(State()) if name in start.saved})
     if start.changed.keys() & {"target_loss", "target_val_loss"}:
         state.target_reached = False
+    if "patience" in start.changed:
+        state.plateau = False
     if start.path and finished(state, start.plan) and not state.stopped:
         log.say(f"{start.config.out_dir}: this run is done, at step {state.step}")
         world.close()
@@ -197,6 +215,8 @@ def main() -> int:
     with advice_on_memory(start.config, begun=True):
         status = train(run, state, batches)
     batches.close()
+    if world.is_main and not state.stopped:  # who stops a run may not wait
+        conclude(start.config, log)
     log.close()
     world.close()
     if status == 0 and state.stopped:
@@ -220,14 +240,14 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> i
             val_loss, stopping = evaluate_all(run, state)
         state.stopped, done = stopping, finished(state, plan)
         if done and state.step > logged_step:
-            log_step(run, state.step, result, seconds / (state.step - logged_step))
+            log_step(run, state, result, seconds / (state.step - logged_step))
         regular = done or (state.step > 0 and due(state, config.checkpoint_interval))
         saving = state.step != saved_step and (regular or stopping)
         if saving:
             run.world.on_main(run.start.guard.check)  # never save what was trained on data that changed
         if done or stopping:
-            reason = dict(signal=run.stop.reason) if stopping else dict(target_reached=state.target_reached)
-            log.write("event", event="stopped" if stopping else "done", step=state.step, **reason)
+            about = dict(signal=run.stop.reason) if stopping else summary(run, state, val_loss)
+            log.write("event", event="stopped" if stopping else "done", step=state.step, **about)
         if saving:
             saved_step = save(run, state, val_loss if regular else None, last=done or stopping) or saved_step
         if done or stopping:
@@ -243,6 +263,8 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> i
             run.start.guard.start_reading()  # only now, so that the first step waits for nothing
         if state.step == first_step + 1:  # the first one compiles
             warn_of_long_steps(log, time.perf_counter() - began)
+        if math.isfinite(result.loss):
+            state.loss_sum, state.loss_count = state.loss_sum + result.loss, state.loss_count + 1
         state.skipped = 0 if result.finite else state.skipped + 1
         if not result.finite:
             log.write("event", event="skipped step", step=state.step, loss=result.loss, grad_norm=result.norm)
@@ -253,7 +275,7 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> i
             return 3
         state.target_reached = config.target_loss is not None and result.loss < config.target_loss
         if state.step == 1 or due(state, config.log_interval) or finished(state, plan):
-            log_step(run, state.step, result, seconds / (state.step - logged_step))
+            log_step(run, state, result, seconds / (state.step - logged_step))
             logged_step, seconds = state.step, 0.0
 
 
@@ -303,6 +325,10 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         if val_loss is None:  # a resumed run evaluates again
             return None, True
         state.target_reached |= config.target_val_loss is not None and val_loss < config.target_val_loss
+        if val_loss < state.lowest["val_loss"]:
+            state.lowest = {"step": state.step, "val_loss": val_loss}
+        steps = (config.patience or math.inf) * config.val_interval  # not a count: a resumed run evaluates again
+        state.plateau = state.step - state.lowest["step"] >= steps
         bpb = bits_per_byte(val_loss, meta)
         per_word = word_loss(val_loss, meta) if config.val_tokens // config.seq_len >= len(val_data) else None
         log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
@@ -323,13 +349,13 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         log.write("hellaswag", step=state.step, acc=acc, acc_norm=acc_norm, n=n)
         log.say(f"{here} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}, of {n:,}")
     if due(state, config.sample_interval, plan):
-        text, problem = sample(run)
+        texts, problem = sample(run)
         if world.any(run.stop):
             return None, True
         if problem:
             log.write("event", event="no sample", step=state.step, problem=problem)
             log.say(f"{here} | no sample: {problem}")
-        else:
+        for text in texts if not problem else ():
             log.write("sample", step=state.step, text=text)
             log.say(f"--- sample\n{text}\n---")
     return val_loss, False
@@ -360,24 +386,29 @@ def evaluate(run: Run) -> float | None:
     return None if stopped else total / tokens
 
 
-def sample(run: Run) -> tuple[str, str | None]:
-    """200 tokens behind sample_start, always the same ones of the same weights, fewer if a signal comes; and what went
-    wrong, if anything. All ranks sample, and get the same text."""
+def sample(run: Run) -> tuple[list[str], str | None]:
+    """Texts behind sample_start, always the same ones of the same weights, shorter if a signal comes; and what went
+    wrong, if anything. All ranks sample, and get the same texts."""
     from sample import complete  # tokenizers take a while to import
     from tokenizer import get_tokenizer
 
     run.model.eval()
-    text, problem = run.start.config.sample_start, None
+    config, problem = run.start.config, None
+    texts = [config.sample_start] * config.sample_num
+    new = complete(
+        run.model, get_tokenizer(run.start.tokenizer), config.sample_start, config.sample_num, config.sample_tokens,
+        temperature=config.sample_temperature, top_k=config.sample_top_k,
+    )  # fmt: skip
     try:
         with run.world.unsharded():
-            for [piece] in complete(run.model, get_tokenizer(run.start.tokenizer), text, 1, 200):
-                text += piece
+            for pieces in new:
+                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 if run.world.any(run.stop):
                     break
     except FloatingPointError as error:  # the weights have become useless, which the loss shows too
         problem = str(error)
     run.model.train()
-    return text, problem
+    return texts, problem
 
 
 def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | None:
@@ -416,7 +447,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
 
 
 def finished(state: State, plan: Plan) -> bool:
-    return state.step >= plan.max_steps or state.target_reached or state.seconds >= plan.max_seconds
+    early = state.target_reached or state.plateau or state.seconds >= plan.max_seconds
+    return early or state.step >= plan.max_steps
 
 
 def due(state: State, interval: int, plan: Plan | None = None) -> bool:
@@ -493,17 +525,33 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         log.say(f"changed: {name} = {after}, was {before}")
 
 
-def log_step(run: Run, step: int, result: Result, dt: float) -> None:
+def progress(run: Run, state: State) -> dict:
+    """How far a run is: tokens trained on, epochs, the mean of the losses that its last train record stands for."""
+    epoch = state.step * run.start.plan.rows / len(run.start.train_data)
+    memory, tokens = peak_memory(run.world.device), state.step * run.start.config.total_batch_size
+    return dict(mean_loss=state.mean_loss, tokens=tokens, epoch=epoch, peak_memory_gb=memory)
+
+
+def summary(run: Run, state: State, val_loss: float | None) -> dict:
+    """What the last event of a run says of it."""
+    why, seconds = dict(target_reached=state.target_reached, plateau=state.plateau), time.perf_counter() - run.launched
+    lowest = state.lowest if math.isfinite(state.lowest["val_loss"]) else None
+    return why | progress(run, state) | dict(val_loss=val_loss, lowest_val_loss=lowest, seconds=seconds)
+
+
+def log_step(run: Run, state: State, result: Result, dt: float) -> None:
     """The train record and line of a step; dt is the mean seconds of the steps since the last."""
-    config, plan, world = run.start.config, run.start.plan, run.world
+    config, plan, world, step = run.start.config, run.start.plan, run.world, state.step
+    state.mean_loss = state.loss_sum / state.loss_count if state.loss_count else None
+    state.loss_sum, state.loss_count = 0.0, 0
     tokens_per_sec = config.total_batch_size / dt
     _, peak_flops = hardware(world.device)
-    memory = peak_memory(world.device)
+    about = progress(run, state)
+    memory = about["peak_memory_gb"]
     mfu = run.model.flops_per_token(config.seq_len) * tokens_per_sec / (world.size * peak_flops) if peak_flops else None
     run.log.write(
-        "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm,
-        tokens=step * config.total_batch_size, tokens_per_sec=tokens_per_sec, dt=dt, mfu=mfu,
-        seconds=result.seconds, peak_memory_gb=memory,
+        "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm, tokens_per_sec=tokens_per_sec, dt=dt,
+        mfu=mfu, seconds=result.seconds, **about,
     )  # fmt: skip
     run.log.say(
         f"step {step:>5}/{plan.max_steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | norm {result.norm:.4f} | "
@@ -513,22 +561,18 @@ def log_step(run: Run, step: int, result: Result, dt: float) -> None:
     )
 
 
-@contextlib.contextmanager
-def advice_on_memory(config: TrainConfig, begun: bool = False) -> Iterator[None]:
-    """Turns running out of memory into a UserError that says what was asked and what to do, on this process alone."""
+def conclude(config: TrainConfig, log: Metrics) -> None:
+    """The summary and the report of a run that has ended. If they fail, a line says so: all is saved by now."""
     try:
-        yield
-    except Exception as error:
-        problem = out_of_memory(error)
-        if not problem:
-            raise
-        advice = [f"--batch_size={config.batch_size // 2}"] if config.batch_size > 1 else []
-        saving = ("activation_checkpointing", "chunked_loss")
-        advice += [f"--{name}=True" for name in saving if not getattr(config, name)]
-        asked = f"batch_size {config.batch_size}" + (f" x seq_len {config.seq_len}" if config.seq_len else "")
-        use = " or ".join(advice) or "a smaller model or seq_len"
-        go_on = "; with any of them this run goes on by --resume=True" if begun and advice else ""
-        raise UserError(f"{problem} at {asked}; use {use}{go_on}", alone=True) from None
+        import history  # what they need is imported only now
+        import report
+
+        runs = [history.read(config.out_dir)]
+        log.say("\n".join(f"{what}: {value}" for what, value in report.facts(runs[0]).items()))
+        if config.report:
+            log.say(f"report: {report.write(runs, config.out_dir)}")
+    except Exception as error:  # a full disk, fonts, a missing package: of many types
+        log.say(f"no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def warn_of_long_steps(log: Metrics, seconds: float) -> None:

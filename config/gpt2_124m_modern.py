@@ -9,6 +9,7 @@ vocab_size = 50304
 pos = "rope"
 mlp = "swiglu"  # hidden width 2048 = 8/3 x 768
 norm = "rmsnorm"
+norm_eps = 1.19e-7  # float32's epsilon, torch's default
 
 batch_size = 32  # 18 GB, for a card of 24 (64: 36 GB, for 40 and more); the result stays the same
 total_batch_size = 524288
@@ -24,5 +25,12 @@ grad_clip = 1.0
 
 val_interval = 250
 hellaswag_interval = 250
+val_tokens = 655360  # 20 x 32 x 1024
 sample_interval = 1000
+sample_start = "Hello, I'm a language model,"
+sample_num = 4
+sample_tokens = 32
+sample_temperature = 1.0
+sample_top_k = 50  # with sample.py's seed on all ranks; the report's had 42 + rank
 checkpoint_interval = 5000
+keep_checkpoints = 0  # all 8

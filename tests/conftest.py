@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"]
 TRAIN = [
     *MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256", "--warmup_steps=2",
-    "--learning_rate=3e-3", "--val_interval=5", "--val_tokens=2000", "--log_interval=1",
+    "--learning_rate=3e-3", "--val_interval=5", "--val_tokens=2000", "--log_interval=1", "--report=False",
 ]  # fmt: skip
 
 

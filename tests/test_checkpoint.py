@@ -189,7 +189,8 @@ def trained(kind):
 def saved_of(model, optimizers):
     saved = state(1) | {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     saved |= {"config": {}, "scaler": {}, "data": {}, "best": {"step": None, "val_loss": 1.5}, "skipped": 0}
-    return copy.deepcopy(saved | {"stopped": False, "target_reached": False, "seconds": 1.0, "path": "ckpt_000001.pt"})
+    saved |= {"stopped": False, "target_reached": False, "path": "ckpt_000001.pt"}
+    return copy.deepcopy(checkpoint.LATER | saved | {"seconds": 1.0})
 
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -409,10 +410,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         checkpoint.newest_whole(tmp_path)
 
 
+NO_MEAN = {"mean_loss": None}  # as before the first train record
 RUN_CHANGES = [
-    *(dict.fromkeys([name], value) for name in checkpoint.GOES_ON for value in (None, "1", (1,), 1j)),
+    *({name: value} for name in checkpoint.GOES_ON for value in (None, "1", (1,), 1j) if {name: value} != NO_MEAN),
     dict(best={}), dict(best={"val_loss": 1.0}), dict(best={"step": "1", "val_loss": 1.0}),
-    dict(best={"step": 1, "val_loss": None}),
+    dict(best={"step": 1, "val_loss": None}), dict(lowest={"step": None, "val_loss": 1.0}),
     dict(scaler={"scale": None, "_growth_tracker": 1}), dict(scaler={"scale": 2.0}), dict(skipped=True),
     dict(gpt_config={**vars(TINY), "n_layer": 10**9}),
 ]  # fmt: skip

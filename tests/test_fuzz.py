@@ -1029,9 +1029,16 @@ def test_crafted_checkpoints(models, data):
 @cases(2, 200)
 @given(data=st.data())
 def test_metrics_files(data):
-    run = {"kind": "run", "parameters": 5, "config": {}}
+    about = {"tokenizer": "bytes", "train_tokens": 90, "val_tokens": 9, "val_bytes": 8, "settings": {"dataset": "x"}}
+    run = {"kind": "run", "parameters": 5, "max_steps": 2, "config": {"val_tokens": 9, "seed": 1}, "data": about}
     train = [{"kind": "train", "step": step, "loss": 3.5, "lr": 1e-3, "mfu": None} for step in (1, 2)]
+    train[1] |= {"mean_loss": 3.5, "tokens": 64, "seconds": 2.0, "epoch": 0.1, "tokens_per_sec": 32.0, "dt": 1.0}
     records = [run, *train, {"kind": "val", "step": 2, "val_loss": 3.0}, {"kind": "event", "event": "done"}]
+    records += [
+        {"kind": "sample", "step": 2, "text": "x"},
+        {"kind": "hellaswag", "step": 2, "acc": 0.2, "acc_norm": 0.3},
+    ]
+    records += [{"kind": "event", "event": "resume", "step": 2, "changed": {"max_steps": [2, 3]}}]
     values = [*WRONG, 0, 10**30, 1e300, "train", "val", "nothing"]
     if data.draw(st.booleans()):
         records = changed(data.draw, records, paths_of(records), values)
@@ -1042,7 +1049,7 @@ def test_metrics_files(data):
         *left_out, last = done.stderr.splitlines() or [""]
         assert last.startswith("error: ") == (done.returncode == 2) == (done.returncode != 0)
         assert all("skipped" in line for line in left_out)
-        assert len(list(Path(name).glob("*.png"))) == (2 if done.returncode == 0 else 0)
+        assert (Path(name, "loss.png").exists(), Path(name, "report.md").exists()) == (done.returncode == 0,) * 2
 
 
 # Processes

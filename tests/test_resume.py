@@ -811,3 +811,63 @@ def test_another_programs_checkpoint(data_dir, tmp_path):
     done = train(data_dir, out, *TRAIN, "--max_steps=2", "--resume=True")
     assert (done.returncode, done.stderr.count("\n"), "--init_from" in done.stderr) == (2, 1, True)
     assert train(data_dir, tmp_path / "new", *TRAIN, "--max_steps=1", f"--init_from={out}").returncode == 0
+
+
+@pytest.mark.parametrize("cut", [4, 7, 8, 10])
+def test_mean_losses_and_epochs_do_not_depend_on_kills(data_dir, tmp_path, cut):
+    """A checkpoint between two records, or at one, holds what the next record needs."""
+    flags = [*TRAIN, "--max_steps=12", "--log_interval=5", "--checkpoint_interval=1", "--keep_checkpoints=0"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert train(data_dir, a, *flags).returncode == 0
+    assert [record["step"] for record in metrics(a, "train")] == [1, 5, 10, 12]
+    b.mkdir()
+    shutil.copy(a / f"ckpt_{cut:06d}.pt", b)
+    shutil.copy(a / "metrics.jsonl", b)
+    assert train(data_dir, b, *flags, "--resume=True").returncode == 0
+    assert records(b) == records(a)
+    assert same_state(b, a)
+    ends = [metrics(out, "event")[-1] for out in (a, b)]
+    for end in ends:
+        end.pop("seconds")
+    assert ends[0] == ends[1]
+    assert ends[0]["mean_loss"] == metrics(a, "train")[-1]["mean_loss"]
+
+
+def test_an_older_versions_checkpoint_goes_on(data_dir, tmp_path):
+    flags = [*TRAIN, "--max_steps=2", "--patience=3"]
+    assert train(data_dir, tmp_path / "run", *flags).returncode == 0
+    path = tmp_path / "run" / "ckpt_000002.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in saved.items() if name not in checkpoint.LATER}, path)
+    assert train(data_dir, tmp_path / "run", *flags, "--max_steps=4", "--resume=True").returncode == 0
+    assert [record["mean_loss"] is None for record in metrics(tmp_path / "run", "train")] == [False] * 4
+
+
+def test_patience(data_dir, tmp_path, monkeypatch):
+    """Evaluations without a new low are counted over all lives of a run; more patience goes on."""
+    values = {0: 5.0, 2: 4.0, 4: 4.5, 6: 3.9, 8: 4.0, 10: 3.95, 12: 3.9, 14: 3.0, 16: 4.0, 18: 4.0, 20: 4.0}
+    evaluated = []
+
+    def evaluate(run):
+        [step] = [int(p["step"].item()) for p in list(run.optimizers[0].state.values())[:1]] or [0]
+        evaluated.append(step)
+        return values[step]
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    flags = [*TRAIN, "--max_steps=20", "--val_interval=2", "--checkpoint_interval=1", "--keep_checkpoints=0"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    done = train(data_dir, a, *flags, "--patience=3")
+    assert done.returncode == 0, done.stderr
+    assert evaluated == [0, 2, 4, 6, 8, 10, 12]
+    assert metrics(a, "event")[-1]["plateau"]
+    assert "this run is done, at step 12" in train(data_dir, a, *flags, "--resume=True").stdout
+    b.mkdir()
+    for name in ("ckpt_000008.pt", "metrics.jsonl"):  # died behind the first evaluation without a new low
+        shutil.copy(a / name, b)
+    assert train(data_dir, b, *flags, "--patience=3", "--resume=True").returncode == 0
+    assert metrics(b, "val") == metrics(a, "val")
+    assert metrics(b, "event")[-1]["lowest_val_loss"] == {"step": 6, "val_loss": 3.9}
+    assert train(data_dir, b, *flags, "--patience=4", "--resume=True").returncode == 0
+    assert metrics(b, "val")[-1]["step"] == 20
+    refused = train(data_dir, tmp_path / "c", *flags, "--patience=1", "--val_interval=0")
+    assert (refused.returncode, "patience is looked at in evaluations" in refused.stderr) == (2, True)

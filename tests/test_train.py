@@ -296,6 +296,37 @@ def test_evaluation_and_samples_leave_the_run_undisturbed(data_dir, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
 
 
+def test_options_of_samples(data_dir, tmp_path):
+    """What sample.py makes of the same weights with the same options; greedy ones are all alike."""
+    flags = ["--max_steps=3", "--sample_interval=3", "--sample_start=the ", "--sample_tokens=9"]
+    for name, options in (
+        ("two", dict(num=2, temperature=0.9, top_k=5)),
+        ("greedy", dict(num=2, temperature=0.0, top_k=None)),
+    ):
+        out, given = tmp_path / name, [f"--sample_{option}={value}" for option, value in options.items()]
+        assert train(data_dir, out, *flags, *given).returncode == 0
+        texts = [record["text"] for record in metrics(out, "sample") if record["step"] == 3]
+        same = [
+            f"--temperature={options['temperature']}",
+            f"--top_k={options['top_k']}",
+            "--dtype=float32",
+            "--device=cpu",
+        ]
+        done = call(
+            "sample.py",
+            f"--model={out}",
+            "--start=the ",
+            "--num_samples=2",
+            "--max_new_tokens=9",
+            "--device=cpu",
+            *same,
+        )
+        assert done.stdout == "\n---\n".join(texts) + "\n"
+        assert (texts[0] == texts[1]) == (name == "greedy")
+    for flag in ("--sample_temperature=1e-9", "--sample_top_k=0", "--sample_num=0", "--sample_tokens=0"):
+        assert train(data_dir, tmp_path / "refused", flag).returncode == 2
+
+
 @pytest.fixture(scope="module")
 def hellaswag_data(tmp_path_factory):
     path = tmp_path_factory.mktemp("hellaswag") / "few.jsonl"
