@@ -63,7 +63,7 @@ def foresee(config: GPTConfig, setting: Setting) -> Foreseen:
     backward = tokens * width * (hidden_width(config) + wide * config.n_embd)
     again = block if setting.activation_checkpointing else 0  # computed once more in its backward pass
     logits = logits_memory(config, setting)
-    runtime = RUNTIME.get(setting.device, 0)
+    runtime = RUNTIME.get(setting.device, 0) + gathered(config, setting)
     fixed, held = parameters + optimizer + runtime, gradients if setting.accumulates else 0
     moments = [
         fixed + held + kept + logits,
@@ -106,6 +106,12 @@ def update_memory(shapes: dict[str, torch.Size], optimizer: str) -> int:
 
 def is_hidden(name: str, shape: torch.Size) -> bool:
     return name.startswith("h.") and len(shape) == 2
+
+
+def gathered(config: GPTConfig, setting: Setting) -> int:
+    """Bytes of blocks put together from their shards: one computes, the next is under way, and a gradient leaves."""
+    block = sum(shape.numel() for name, shape in parameter_shapes(config).items() if name.startswith("h.0."))
+    return (3 * setting.dtype.itemsize + 4) * block if setting.shards > 1 else 0
 
 
 def hidden_width(config: GPTConfig) -> int:

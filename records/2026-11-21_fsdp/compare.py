@@ -1,4 +1,4 @@
-"""Train 30 steps on one process, and sharded over 2 and 4 (gloo, float32); print the largest differences.
+"""Train 30 steps on one process, replicated on 2, and sharded over 2 and 4 (gloo, float32): the largest differences.
 
     python fineweb.py config/data/stdlib.py
     python records/2026-11-21_fsdp/compare.py
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEMORY = ["--activation_checkpointing=True", "--chunked_loss=True"]
 MODEL = [
     "--data_dir=data/stdlib", "--device=cpu", "--n_layer=4", "--n_head=3", "--n_embd=126", "--block_size=128",
-    "--batch_size=2", "--total_batch_size=4096", "--learning_rate=3e-3", "--warmup_steps=5",
+    "--batch_size=2", "--total_batch_size=4096", "--learning_rate=6e-4", "--warmup_steps=10",
     "--grad_clip=0.5", "--log_interval=1", "--val_interval=5", "--val_tokens=16384", "--checkpoint_interval=10",
     "--keep_checkpoints=0", "--resume=True", "--schedule=constant",
 ]  # fmt: skip
@@ -33,10 +33,10 @@ def main() -> None:
             flags = [*MODEL, f"--optimizer={optimizer}"]
             alone = Path(folder, optimizer)
             train(alone, 1, *flags)
-            for processes in (2, 4):
-                out = Path(folder, f"{optimizer}{processes}")
-                train(out, processes, *flags, "--parallel=fsdp", *(MEMORY if processes == 4 else []))
-                report(alone, out, optimizer, f"sharded over {processes}")
+            for processes, parallel, more in ((2, "ddp", []), (2, "fsdp", []), (4, "fsdp", MEMORY)):
+                out = Path(folder, f"{optimizer}_{parallel}_{processes}")
+                train(out, processes, *flags, f"--parallel={parallel}", *more)
+                report(alone, out, optimizer, f"{parallel} on {processes}")
             out = Path(folder, f"{optimizer}_crossing")
             for steps, processes, parallel in ((10, 2, "fsdp"), (20, 1, "fsdp"), (30, 4, "ddp")):
                 train(out, processes, *flags, f"--parallel={parallel}", steps=steps)
