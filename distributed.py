@@ -328,6 +328,9 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # the next Ctrl-C ends it at once, whatever is going on
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # no terminal any more. A print() may be what the signal broke into
+                    os.write(2, b"\nstopping after this step; Ctrl-C again stops now\n")
 
     def __bool__(self) -> bool:
         if self.parent not in (None, os.getppid()):

@@ -238,7 +238,9 @@ def check_options(config: Any, gpt_config: GPTConfig, meta: dict, tokenizer: str
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
-        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
+        below = config.total_batch_size // one_round * one_round
+        near = " or ".join(f"--total_batch_size={size}" for size in (below, below + one_round) if size)
+        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}; use {near}")
     for name in ("sample_interval", "hellaswag_interval"):
         if getattr(config, name) and not tokenizer:
             raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
