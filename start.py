@@ -262,8 +262,9 @@ def make_plan(config: Any, num_windows: int, world: World) -> Plan:
         ends.append(math.floor(epochs * num_windows / rows))
     if min(ends) < 1:
         raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
-    fraction = config.warmup_fraction
-    warmup_steps = config.warmup_steps if fraction is None else round(fraction * min(ends))
+    warmup_steps = min(715, round(0.05 * min(ends))) if config.warmup_steps is None else config.warmup_steps
+    if config.warmup_fraction is not None:
+        warmup_steps = round(config.warmup_fraction * min(ends))
     max_seconds = 3600 * config.max_hours if config.max_hours else math.inf
     return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends), max_seconds)
 

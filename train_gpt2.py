@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
@@ -68,7 +69,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW takes the rest
     learning_rate: float = 6e-4  # the highest
     min_lr: float = 6e-5  # the last
-    warmup_steps: int = 715  # steps from 0 to learning_rate
+    warmup_steps: int | None = None  # steps from 0 to learning_rate; None: a twentieth of all, at most 715
     warmup_fraction: float | None = None  # in place of warmup_steps: this part of all steps
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
     decay_fraction: float = 0.2  # wsd: the part of all steps in which the rate falls
@@ -330,7 +331,7 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         steps = (config.patience or math.inf) * config.val_interval  # not a count: a resumed run evaluates again
         state.plateau = state.step - state.lowest["step"] >= steps
         bpb = bits_per_byte(val_loss, meta)
-        per_word = word_loss(val_loss, meta) if config.val_tokens // config.seq_len >= len(val_data) else None
+        per_word = word_loss(val_loss, meta) if val_windows(run.start) == len(val_data) else None
         log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
         log.say(
             f"{here} | val loss {val_loss:.4f}"
@@ -370,9 +371,12 @@ def evaluate(run: Run) -> float | None:
     config, world = run.start.config, run.world
     run.model.eval()
     losses, counts, stopped = [], [], False
-    for x, y in val_batches(
+    batches = val_batches(
         run.start.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device
-    ):
+    )
+    rounds = math.ceil(val_windows(run.start) / (config.batch_size * world.size))
+    off = None if world.is_main else True  # None: where stderr is no terminal
+    for x, y in tqdm(batches, "evaluating", rounds, unit="batch", delay=3, leave=False, disable=off):
         if stopped := world.any(run.stop):
             break
         counts.append(y.numel())
@@ -384,6 +388,11 @@ def evaluate(run: Run) -> float | None:
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
     total, tokens = world.sum([total, sum(counts)])
     return None if stopped else total / tokens
+
+
+def val_windows(start: Start) -> int:
+    """How many windows an evaluation takes, on all ranks together."""
+    return min(start.config.val_tokens // start.config.seq_len, len(start.val_data))
 
 
 def sample(run: Run) -> tuple[list[str], str | None]:
@@ -523,6 +532,8 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         log.say(no_hellaswag)
     for name, (before, after) in start.changed.items():
         log.say(f"changed: {name} = {after}, was {before}")
+    if due(state, config.val_interval, plan):
+        log.say(f"first an evaluation, on {val_windows(start):,} windows")
 
 
 def progress(run: Run, state: State) -> dict:

@@ -89,6 +89,7 @@ def test_what_a_run_leaves(data_dir, straight):
     GPT(GPTConfig(**state["gpt_config"])).load_state_dict(state["model"])  # clean names
     line = r"step +20/20 \| loss \d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d\.\d{4} \| "
     assert re.search(line + r"[\d.]+ ms \| [\d,]+ tok/s \| eta 0:00:00", done.stdout)
+    assert f"\nfirst an evaluation, on {2000 // 32} windows\nstep     0/20 | val loss" in done.stdout
     losses_ = losses(out)
     assert losses_[20] < losses_[1] - 1
 
