@@ -29,7 +29,7 @@ import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
-from metrics import Metrics, bits_per_byte, word_loss
+from metrics import EVALUATIONS, Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
@@ -210,7 +210,8 @@ def main() -> int:
         start.train_data, start.config.seed, start.plan.rows, start.config.batch_size,
         world.rank, world.size, world.device, state.step + 1,
     )  # fmt: skip
-    world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to))
+    again = [kind for kind in EVALUATIONS if due(state, getattr(start.config, f"{kind}_interval"), start.plan)]
+    world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to, again))
     announce(run, state, no_hellaswag)
     gc.enable()
     with advice_on_memory(start.config, begun=True):
@@ -223,6 +224,9 @@ def main() -> int:
     if status == 0 and state.stopped:
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
     elif status == 0:
+        if state.best["step"] not in (None, state.step):
+            lowest = f"{state.best['val_loss']:.4f} at step {state.best['step']}"
+            log.say(f"lowest val loss of its checkpoints: {lowest}; --best=True takes that one, in place of the last")
         log.say(f"done: {start.config.out_dir} holds the checkpoint and metrics.jsonl; next:")
         log.say(f"  python sample.py --model={start.config.out_dir}\n  python report.py {start.config.out_dir}")
     return status
@@ -483,6 +487,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     dtype = pick_dtype(config.dtype, world.device)
     if config.parallel == "fsdp":
         world.shard(model, model.h, dtype)
+    elif config.parallel != "ddp":
+        raise NotImplementedError(f"parallel = {config.parallel!r}")
     model.to(world.device)
     in_dtype = autocast(dtype, world.device)
     optimizers = make_optimizers(
@@ -522,7 +528,8 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         data = {name: value for name, value in start.meta.items() if name != "shards"}
         log.write("run", **configs, parameters=parameters, max_steps=plan.max_steps, data=data, **about)
     epochs = plan.max_steps * plan.rows / num_windows
-    log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
+    faster = " (--dtype=bfloat16 is faster here)" if config.dtype == "auto" and world.on_bfloat16_cpu() else ""
+    log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}{faster}")
     log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
     parts = f"{plan.micro_batches} micro-batches x {world.size} processes x {config.batch_size}"
     log.say(f"step: {plan.rows:,} windows = {parts}")
