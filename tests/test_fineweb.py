@@ -757,7 +757,9 @@ def source(tmp_path):
     ],
 )
 def test_mistakes(source, options, message, big_tokenizer):
-    options = {name: value.format(source).replace("BIG", str(big_tokenizer)) for name, value in options.items()}
+    for name, value in options.items():
+        if isinstance(value, str):
+            options = options | {name: value.format(source).replace("BIG", str(big_tokenizer))}
     out_dir = Path(options.pop("out_dir", source / "out"))
     with pytest.raises(UserError, match=message) as error:
         prepare(out_dir, **options)
