@@ -59,7 +59,7 @@ class Output:
 
     def __init__(self, stream: TextIO | None, escapes: bool = False):
         self.stream, self.lost = stream, stream is None  # None: closed before Python started
-        self.table = CONTROLS if escapes and not self.lost and stream.isatty() else {}
+        self.table = CONTROLS if escapes and self.isatty() else {}
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 
@@ -70,6 +70,9 @@ class Output:
     def flush(self) -> None:
         self.attempt("flush")
 
+    def isatty(self) -> bool:
+        return not self.lost and self.stream.isatty()
+
     def attempt(self, method: str, *args: str) -> None:
         try:
             if not self.lost:
@@ -79,7 +82,7 @@ class Output:
             if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # `| head` knows that it has enough
                 print(f"stdout: {error.strerror}; what is printed from here on is lost", file=sys.stderr, flush=True)
 
-    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, ...
+    def __getattr__(self, name: str) -> Any:  # fileno, encoding, ...
         return getattr(self.stream, name)
 
 

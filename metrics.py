@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from configurator import UserError
@@ -112,6 +112,15 @@ class Metrics:
         """One line or more for the terminal."""
         if self.is_main:
             print(text, flush=True)
+
+    def say_parts(self, parts: dict[str, str], spare: Sequence[str]) -> None:
+        """One line of parts. On a terminal it leaves out as many of the spare ones, the first first, as do not fit."""
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+        for name in ("", *spare):
+            parts = {key: part for key, part in parts.items() if part and key != name}
+            if len(" | ".join(parts.values())) <= width:
+                break
+        self.say(" | ".join(parts.values()))
 
     def close(self) -> None:
         if self.file:

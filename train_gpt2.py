@@ -571,12 +571,13 @@ def log_step(run: Run, state: State, result: Result, dt: float) -> None:
         "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm, tokens_per_sec=tokens_per_sec, dt=dt,
         mfu=mfu, seconds=result.seconds, **about,
     )  # fmt: skip
-    run.log.say(
-        f"step {step:>5}/{plan.max_steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | norm {result.norm:.4f} | "
-        f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}"
-        f"{f'{memory:.1f} GB | ' if memory else ''}"
-        f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}"
-    )
+    parts = dict(
+        step=f"step {step:>5}/{plan.max_steps}", loss=f"loss {result.loss:.4f}", lr=f"lr {result.lr:.2e}",
+        norm=f"norm {result.norm:.4f}", ms=f"{dt * 1e3:.1f} ms", speed=f"{tokens_per_sec:,.0f} tok/s",
+        mfu=f"mfu {mfu:.1%}" if mfu else "", memory=f"{memory:.1f} GB" if memory else "",
+        eta=f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}",
+    )  # fmt: skip
+    run.log.say_parts(parts, spare=("memory", "ms", "mfu", "lr"))
 
 
 def conclude(config: TrainConfig, log: Metrics) -> None:
