@@ -14,7 +14,6 @@ block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.1
 bias = False
 pos = "rope"
 norm = "rmsnorm"
@@ -30,7 +29,7 @@ min_lr = 1e-4
 schedule = "linear"
 
 val_interval = 50
-val_tokens = 65536
+val_tokens = 32768
 sample_interval = 250
 checkpoint_interval = 50
 patience = 4  # a small text is soon known by heart
