@@ -426,9 +426,9 @@ def machine(world: World, dtype: torch.dtype) -> dict:
 
 def code() -> dict[str, str]:
     """A checksum of each of this project's files that is in use, and torch's version."""
-    root, files = Path(__file__).parent, [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    own = sorted({Path(file) for file in files if file and Path(file).parent == root})
-    checksums = {f"{path.name} has checksum": f"{zlib.crc32(path.read_bytes()):08x}" for path in own}
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    own = sorted(file for file in files if os.path.dirname(file) == os.path.dirname(__file__))
+    checksums = {f"{Path(file).name} has checksum": f"{zlib.crc32(Path(file).read_bytes()):08x}" for file in own}
     return {"torch is": torch.__version__} | checksums
 
 
