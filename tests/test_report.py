@@ -122,7 +122,7 @@ def test_a_resumed_runs_options_are_its_last(tmp_path):
     log.close()
     run = history.read(tmp_path)
     assert run.settings["max_steps"] == 90
-    assert report.steps_of(run).startswith("60 of 90 ")
+    assert report.steps_of(run).startswith("60 of 90, ")
     assert report.state_of(run) == "not ended: last record at step 60"
 
 
