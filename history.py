@@ -97,7 +97,7 @@ def check_types(record: dict, where: str) -> None:
     """Raises UserError where a value is of a type that no run has written."""
     for name, value in record.items():
         number = type(value) in (int, float) and abs(value) < 1e18  # JSON has integers of any length, and Infinity
-        right = number if name in NUMBERS else isinstance(value, str | dict if name in TEXTS else dict)
+        right = number if name in NUMBERS else isinstance(value, str if name in TEXTS else dict)
         if value is not None and name in (*NUMBERS, *TEXTS, *TABLES) and not right:
             raise UserError(f"{where} has {name} = {str(value)[:100]!r}")
         if name in ("data", "settings") and isinstance(value, dict):
