@@ -134,15 +134,16 @@ def tokens_per_step(run: History) -> float | None:
 
 
 def along(run: History, steps: Sequence[int], axis: str) -> list[float] | None:
-    """Steps as positions on an axis: "step", "tokens" or "hours" (since the launch, evaluations and saving included,
-    work that a kill undid left out). None if the run does not know."""
+    """Steps as positions on an axis: "step", "tokens", "hours" or "minutes" (since the launch, evaluations and saving
+    included, work that a kill undid left out). None if the run does not know."""
     if axis == "step":
         return list(steps)
     if axis == "tokens":
         each = tokens_per_step(run)
         return each and [step * each for step in steps]
     known, seconds = run.series("train", "seconds")
-    return np.interp(steps, [0, *known], [0.0, *(s / 3600 for s in seconds)]).tolist() if known else None
+    unit = {"hours": 3600, "minutes": 60}[axis]
+    return np.interp(steps, [0, *known], [0.0, *(s / unit for s in seconds)]).tolist() if known else None
 
 
 def tokens_of(run: History) -> float | None:
