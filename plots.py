@@ -199,7 +199,8 @@ def draw_ends(axes: "Axes", groups: Sequence[Group], unit: str) -> None:
             )
     dress(axes, "", f"last val loss of each run ({unit})")
     names = [each.label.replace(", ", ",\n") for each in groups]
-    turned = dict(rotation=45, ha="right") if len(groups) > 2 else {}
+    narrow = len(groups) * max(len(line) for name in names for line in name.split("\n")) > 30
+    turned = dict(rotation=45, ha="right") if narrow else {}
     axes.set_xticks(range(len(groups)), names, fontsize=7, parse_math=False, **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.2)
