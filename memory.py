@@ -175,6 +175,8 @@ def mlp_kept(config: GPTConfig, setting: Setting) -> int:
 
 def weight_copies(config: GPTConfig, setting: Setting) -> int:
     """Bytes of a block's matrices in the products' dtype, which the backward pass uses again."""
+    if setting.shards > 1:  # gathered in that dtype, and once more for the backward pass
+        return 0
     matrices = [s for name, s in parameter_shapes(config).items() if is_hidden(name, s)]
     if setting.dtype.itemsize < 4:
         return setting.dtype.itemsize * sum(s.numel() for s in matrices) // config.n_layer
