@@ -209,7 +209,7 @@ def page(run: History, pictures: Sequence[str], dollars_per_hour: float | None) 
         parts += [f"Step {sample['step']:,}:\n\n{quoted(sample['text'])}" for sample in samples]
     if run.settings:
         options = "\n".join(f"{name} = {value!r}" for name, value in sorted(run.settings.items()))
-        parts += ["## Options", f"```python\n{options}\n```"]
+        parts += ["## Options", f"```\n{options}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
