@@ -400,7 +400,8 @@ def sample(run: Run) -> tuple[list[str], str | None]:
         temperature=config.sample_temperature, top_k=config.sample_top_k,
     )  # fmt: skip
     try:
-        with run.world.unsharded(), run.autocast:
+        # Gathered weights are in the products' dtype, which only autocast mixes with others.
+        with run.world.unsharded(), run.autocast if run.world.sharded else contextlib.nullcontext():
             for pieces in new:
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 if run.world.any(run.stop):
