@@ -159,7 +159,7 @@ def configure(*classes: type, argv: list[str] | None = None, positional: str | N
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         if not under_torchrun() or os.environ["RANK"] == "0":
-            print(help_text(classes))
+            print(help_text(classes, positional))
         sys.exit(0)
     annotations = {name: hint for cls in classes for name, hint in options_of(cls).items()}
     flags = [read_flag(arg, annotations, after) for arg, after in pairwise([*argv, "-"]) if arg.startswith("-")]
@@ -302,10 +302,11 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {match}?" if match else ""
 
 
-def help_text(classes: typing.Iterable[type]) -> str:
+def help_text(classes: typing.Iterable[type], positional: str | None = None) -> str:
     """Every option with its default, its choices and the comment behind it in the dataclass's source."""
     first = (sys.modules["__main__"].__doc__ or "").strip()
-    lines = [first, "", f"usage: python {os.path.basename(sys.argv[0])} [config/file.py ...] [--name=value ...]"]
+    script = os.path.basename(sys.argv[0]) + (f" [{positional.upper()}]" if positional else "")
+    lines = [first, "", f"usage: python {script} [config/file.py ...] [--name=value ...]"]
     for cls in classes:
         comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         lines += ["", f"{cls.__name__}:"]

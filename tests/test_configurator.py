@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from configurator import ALIASES, TORCHRUN, Output, PathStr, UserError, at_least, cli, configure, options_of
+from configurator import ALIASES, TORCHRUN, Output, PathStr, UserError, at_least, cli, configure, help_text, options_of
 from model import GPTConfig
 from sample import SampleConfig
 from train_gpt2 import TrainConfig
@@ -86,6 +86,7 @@ def test_a_positional_argument():
         Train(1.0, out="2024"),
         {"out": "2024", "lr": "--lr"},
     )
+    assert " [OUT] [config/file.py ...] [--name=value ...]\n" in help_text((Train,), "out")
     with pytest.raises(UserError, match=r"missing.py: No such file"):
         configure(Train, argv=["missing.py"], positional="out")
 
