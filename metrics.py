@@ -15,8 +15,6 @@ from pathlib import Path
 from configurator import UserError
 from files import lock_folder, remove_partial, whole_file
 
-EVALUATIONS = ("val", "hellaswag", "sample")  # kinds of records; each has an option that ends in _interval
-
 
 class Metrics:
     """out_dir/metrics.jsonl, in a folder with one writer: `lock`, then `begin`, then `write` and `sync`."""
@@ -41,7 +39,7 @@ class Metrics:
         self.begun = self.path.exists()
         return self.begun
 
-    def begin(self, resumed_at: int | None, log_to: str | None = None, again: Collection[str] = EVALUATIONS) -> None:
+    def begin(self, resumed_at: int | None, log_to: str | None = None, again: Collection[str] = ()) -> None:
         """Start an empty file, or keep the records up to the step that is resumed, but of that step itself none of the
         kinds in `again`: they are made again. `log_to` (tensorboard, wandb) gets the same records.
 

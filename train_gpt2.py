@@ -29,7 +29,7 @@ import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
-from metrics import EVALUATIONS, Metrics, bits_per_byte, word_loss
+from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizers
 from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
@@ -210,7 +210,10 @@ def main() -> int:
         start.train_data, start.config.seed, start.plan.rows, start.config.batch_size,
         world.rank, world.size, world.device, state.step + 1,
     )  # fmt: skip
-    again = [kind for kind in EVALUATIONS if due(state, getattr(start.config, f"{kind}_interval"), start.plan)]
+    again = {"sample"}  # of this step's records; a measurement that is not made again is kept
+    again |= {
+        kind for kind in ("val", "hellaswag") if due(state, getattr(start.config, f"{kind}_interval"), start.plan)
+    }
     world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to, again))
     announce(run, state, no_hellaswag)
     gc.enable()

@@ -17,7 +17,7 @@ from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 def begin(out_dir, resumed_at=None, log_to=None):
     log = Metrics(out_dir)
     log.lock()
-    log.begin(resumed_at, log_to)
+    log.begin(resumed_at, log_to, again={"val"})
     return log
 
 

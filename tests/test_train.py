@@ -535,7 +535,7 @@ def test_a_ragged_last_batch_has_the_shape_of_the_others(data_dir):
     model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
     want, shapes, forward = model(*windows.read(range(10))).item(), set(), model.forward
     model.forward = lambda x, y: shapes.add((x.shape, y.shape)) or forward(x, y)
-    start = SimpleNamespace(config=SimpleNamespace(batch_size=4, val_tokens=10 * 32), val_data=windows)
+    start = SimpleNamespace(config=SimpleNamespace(batch_size=4, seq_len=32, val_tokens=10 * 32), val_data=windows)
     parts = dict(model=model, world=World("cpu"), autocast=contextlib.nullcontext(), stop=False)
     loss = evaluate(SimpleNamespace(start=start, **parts))
     assert shapes == {((4, 32), (4, 32))}
