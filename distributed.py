@@ -11,7 +11,8 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,22 +93,24 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Share out all weights, and with them gradients and optimizer states, over all ranks, in place: FSDP2 (Zhao et
-        al. 2023, arXiv 2304.11277). Each block is whole only while it computes, and then in `dtype`; the rest of the
-        model stays whole from the forward to the backward pass. One process alone keeps its model as it is."""
+        al. 2023, arXiv 2304.11277). Each block is whole only while it computes, on GPUs in `dtype`; the rest of the
+        model stays whole, in float32, from the forward to the backward pass. A process alone keeps its model."""
         if not dist.is_initialized():
             return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which take a second to import
 
+        # Inputs stay what autocast makes them: a rotation must not be rounded. So does the head: its gradients add up.
         mesh = dist.init_device_mesh(self.device.type, (self.size,))
-        # Gradients are summed in float32. Inputs stay what autocast makes them: a rotation must not be rounded.
-        policy = MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        in_dtype = replace(
+            policy, param_dtype=dtype if self.device.type == "cuda" else None
+        )  # a CPU's norms do not mix
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=in_dtype)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         self.sharded = [*blocks, model]
-        for module in self.sharded:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -426,9 +429,9 @@ def machine(world: World, dtype: torch.dtype) -> dict:
 
 def code() -> dict[str, str]:
     """A checksum of each of this project's files that is in use, and torch's version."""
-    root, files = Path(__file__).parent, [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    own = sorted({Path(file) for file in files if file and Path(file).parent == root})
-    checksums = {f"{path.name} has checksum": f"{zlib.crc32(path.read_bytes()):08x}" for path in own}
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    own = sorted(file for file in files if os.path.dirname(file) == os.path.dirname(__file__))
+    checksums = {f"{Path(file).name} has checksum": f"{zlib.crc32(Path(file).read_bytes()):08x}" for file in own}
     return {"torch is": torch.__version__} | checksums
 
 

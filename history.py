@@ -97,7 +97,7 @@ def check_types(record: dict, where: str) -> None:
     """Raises UserError where a value is of a type that no run has written."""
     for name, value in record.items():
         number = type(value) in (int, float) and abs(value) < 1e18  # JSON has integers of any length, and Infinity
-        right = number if name in NUMBERS else isinstance(value, str | dict if name in TEXTS else dict)
+        right = number if name in NUMBERS else isinstance(value, str if name in TEXTS else dict)
         if value is not None and name in (*NUMBERS, *TEXTS, *TABLES) and not right:
             raise UserError(f"{where} has {name} = {str(value)[:100]!r}")
         if name in ("data", "settings") and isinstance(value, dict):
@@ -134,15 +134,16 @@ def tokens_per_step(run: History) -> float | None:
 
 
 def along(run: History, steps: Sequence[int], axis: str) -> list[float] | None:
-    """Steps as positions on an axis: "step", "tokens" or "hours" (since the launch, evaluations and saving included,
-    work that a kill undid left out). None if the run does not know."""
+    """Steps as positions on an axis: "step", "tokens", "hours" or "minutes" (since the launch, evaluations and saving
+    included, work that a kill undid left out). None if the run does not know."""
     if axis == "step":
         return list(steps)
     if axis == "tokens":
         each = tokens_per_step(run)
         return each and [step * each for step in steps]
     known, seconds = run.series("train", "seconds")
-    return np.interp(steps, [0, *known], [0.0, *(s / 3600 for s in seconds)]).tolist() if known else None
+    unit = {"hours": 3600, "minutes": 60}[axis]
+    return np.interp(steps, [0, *known], [0.0, *(s / unit for s in seconds)]).tolist() if known else None
 
 
 def tokens_of(run: History) -> float | None:

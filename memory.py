@@ -109,9 +109,13 @@ def is_hidden(name: str, shape: torch.Size) -> bool:
 
 
 def gathered(config: GPTConfig, setting: Setting) -> int:
-    """Bytes of blocks put together from their shards: one computes, the next is under way, and a gradient leaves."""
-    block = sum(shape.numel() for name, shape in parameter_shapes(config).items() if name.startswith("h.0."))
-    return (3 * setting.dtype.itemsize + 4) * block if setting.shards > 1 else 0
+    """Bytes put together from shards: all outside of blocks, in float32; of blocks one that computes, the next one, and
+    a gradient that leaves."""
+    if setting.shards == 1:
+        return 0
+    counts = {name: shape.numel() for name, shape in parameter_shapes(config).items()}
+    block = sum(count for name, count in counts.items() if name.startswith("h.0."))
+    return (3 * setting.dtype.itemsize + 4) * block + 4 * (sum(counts.values()) - config.n_layer * block)
 
 
 def hidden_width(config: GPTConfig) -> int:
@@ -175,6 +179,8 @@ def mlp_kept(config: GPTConfig, setting: Setting) -> int:
 
 def weight_copies(config: GPTConfig, setting: Setting) -> int:
     """Bytes of a block's matrices in the products' dtype, which the backward pass uses again."""
+    if setting.shards > 1:  # gathered in that dtype, and once more for the backward pass
+        return 0
     matrices = [s for name, s in parameter_shapes(config).items() if is_hidden(name, s)]
     if setting.dtype.itemsize < 4:
         return setting.dtype.itemsize * sum(s.numel() for s in matrices) // config.n_layer

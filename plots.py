@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # imported where it draws: it takes a second
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")  # told apart by all
-UNITS = {"step": "optimizer step", "tokens": "tokens trained on", "hours": "hours since the launch"}
+UNITS = {
+    "step": "optimizer step", "tokens": "tokens trained on",
+    "hours": "hours since the launch", "minutes": "minutes since the launch",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def plots(groups: Sequence[Group], unit: str) -> dict[str, "Figure"]:
     if len({history.tokens_per_step(run) for run in runs}) > 1 and all(map(history.tokens_per_step, runs)):
         figures["loss_by_tokens.png"] = loss_figure(groups, unit, "tokens")
     if all(history.along(run, [0], "hours") for run in runs):
-        figures["loss_by_hours.png"] = loss_figure(groups, unit, "hours")
+        long = max(map(history.seconds_of, runs)) > 7200
+        figures["loss_by_time.png"] = loss_figure(groups, unit, "hours" if long else "minutes")
     if any(run.of("train") for run in runs):
         figures["training.png"] = training_figure(groups)
     if any(run.of("hellaswag") for run in runs):
@@ -143,8 +147,9 @@ def draw_run(axes: "Axes", run: History, unit: str, axis: str) -> None:
     steps, losses = history.train_loss(run)
     losses, span = in_unit(run, losses, unit, "train"), history.span_of(len(losses))
     x = history.along(run, steps, axis)
+    behind = ", mean since the last record" if run.series("train", "mean_loss")[0] else ""
     if steps:
-        axes.plot(x, losses, color=COLORS[0], linewidth=0.8, alpha=0.35 if span > 1 else 1, label="train")
+        axes.plot(x, losses, color=COLORS[0], linewidth=0.8, alpha=0.35 if span > 1 else 1, label=f"train{behind}")
     if steps and span > 1:
         label = f"train, smoothed (mean of {span} records)"
         axes.plot(x, history.smoothed(losses, span), color=COLORS[0], linewidth=1.6, label=label)
@@ -194,7 +199,8 @@ def draw_ends(axes: "Axes", groups: Sequence[Group], unit: str) -> None:
             )
     dress(axes, "", f"last val loss of each run ({unit})")
     names = [each.label.replace(", ", ",\n") for each in groups]
-    turned = dict(rotation=45, ha="right") if len(groups) > 2 else {}
+    narrow = len(groups) * max(len(line) for name in names for line in name.split("\n")) > 30
+    turned = dict(rotation=45, ha="right") if narrow else {}
     axes.set_xticks(range(len(groups)), names, fontsize=7, parse_math=False, **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.2)
@@ -205,7 +211,11 @@ def draw_references(axes: "Axes", runs: Sequence[History], unit: str, axis: str)
     """Others' published losses, where every run has their data, tokenizer, windows and (on curves) batch."""
     last = max(map(last_step, runs))
     for reference in REFERENCES:
-        if axis == "hours" or unit != "nats per token" or not all(comparable(run, reference) for run in runs):
+        if (
+            axis in ("hours", "minutes")
+            or unit != "nats per token"
+            or not all(comparable(run, reference) for run in runs)
+        ):
             continue
         if 0 in reference.losses:
             axes.axhline(reference.losses[0], color="grey", linestyle="--", linewidth=1, label=reference.label)

@@ -26,6 +26,8 @@ from history import Group, History, last_step
 from metrics import bits_per_byte
 from plots import plots
 
+KNOWN_AT_THE_START = ("val data", "hardware", "parameters")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -105,6 +107,11 @@ def facts(run: History, dollars_per_hour: float | None = None) -> dict[str, str]
     return rows | machine_of(run, dollars_per_hour)
 
 
+def summary(run: History) -> str:
+    """What the terminal says of a run at its end: the facts but for what it said at the start."""
+    return "\n".join(f"{what}: {value}" for what, value in facts(run).items() if what not in KNOWN_AT_THE_START)
+
+
 def machine_of(run: History, dollars_per_hour: float | None) -> dict[str, str]:
     """Time, speed, memory, cost and hardware."""
     rows, seconds, tokens = {}, history.seconds_of(run), history.tokens_of(run)
@@ -156,8 +163,8 @@ def steps_of(run: History) -> str:
     return (
         f"{last_step(run):,}"
         + (f" of {planned:,}" if type(planned) is int else "")
-        + (f" of {each:,.0f} tokens = {last_step(run) * each:,.0f} tokens" if each else "")
-        + (f", {passes:.2f} epochs" if passes is not None else "")
+        + (f", each of {each:,.0f} tokens: {last_step(run) * each:,.0f} tokens" if each else "")
+        + (f", {passes:.3g} epochs" if passes is not None else "")
     )
 
 
@@ -202,7 +209,7 @@ def page(run: History, pictures: Sequence[str], dollars_per_hour: float | None) 
         parts += [f"Step {sample['step']:,}:\n\n{quoted(sample['text'])}" for sample in samples]
     if run.settings:
         options = "\n".join(f"{name} = {value!r}" for name, value in sorted(run.settings.items()))
-        parts += ["## Options", f"```python\n{options}\n```"]
+        parts += ["## Options", f"```\n{options}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -75,14 +75,15 @@ def look(
 
 
 def facts(start: Start) -> dict[str, str]:
-    """What all ranks must agree on: each option, and what the data is."""
+    """What all ranks must agree on: each option, and what the data is, wherever each machine has it."""
     options = asdict(start.config) | asdict(start.gpt_config)
+    del options["out_dir"], options["data_dir"]
     splits = [data for data in (start.train_data, start.val_data) if data]
     shards = {path.name: length for data in splits for path, length in zip(data.paths, data.lengths, strict=True)}
     content = json.dumps([start.meta, start.tokenizer, shards]).encode()
     about = f"{len(shards)} shards, {sum(shards.values()):,} tokens, checksum {zlib.crc32(content):08x}"
     found = {f"option {name} =": repr(value) for name, value in options.items()}
-    return found | {f"the data in {start.config.data_dir} is": about}
+    return found | {"the data is": about}
 
 
 def open_start(

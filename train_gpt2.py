@@ -400,7 +400,7 @@ def sample(run: Run) -> tuple[list[str], str | None]:
         temperature=config.sample_temperature, top_k=config.sample_top_k,
     )  # fmt: skip
     try:
-        with run.world.unsharded():
+        with run.world.unsharded(), run.autocast:
             for pieces in new:
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 if run.world.any(run.stop):
@@ -568,7 +568,7 @@ def conclude(config: TrainConfig, log: Metrics) -> None:
         import report
 
         runs = [history.read(config.out_dir)]
-        log.say("\n".join(f"{what}: {value}" for what, value in report.facts(runs[0]).items()))
+        log.say(report.summary(runs[0]))
         if config.report:
             log.say(f"report: {report.write(runs, config.out_dir)}")
     except Exception as error:  # a full disk, fonts, a missing package: of many types

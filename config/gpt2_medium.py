@@ -10,7 +10,7 @@ n_embd = 1024
 qkv_bias = False
 tie_weights = False
 
-batch_size = 4  # 11 GB on each card: foreseen, not measured (15: 21; with both memory options 64: 13)
+batch_size = 4  # 11 GB on each card: foreseen, not measured (14: 20; with both memory options 64: 13)
 total_batch_size = None  # one micro-batch on each card
 max_hours = 24.0
 

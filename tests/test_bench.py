@@ -114,6 +114,12 @@ def test_two_processes(data_dir):
     assert done.stdout.count("tok/s") == 1
 
 
+def test_two_processes_without_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("bench.py", *FLAGS, "--steps=1", "--warmup=1", processes=2)
+    assert result_of(done)["world_size"] == 2
+
+
 def test_compare_measures_the_code_of_a_commit(data_dir, tmp_path, monkeypatch):
     """In a repository whose one commit has a slower step and no bench.py, and whose files are this code."""
     for path in ROOT.glob("*.py"):

@@ -122,7 +122,7 @@ def test_a_resumed_runs_options_are_its_last(tmp_path):
     log.close()
     run = history.read(tmp_path)
     assert run.settings["max_steps"] == 90
-    assert report.steps_of(run).startswith("60 of 90 ")
+    assert report.steps_of(run).startswith("60 of 90, ")
     assert report.state_of(run) == "not ended: last record at step 60"
 
 
@@ -135,7 +135,7 @@ def test_a_run_writes_its_report(data_dir, tmp_path):
     flags = ["--max_steps=4", "--report=True", "--sample_interval=4", "--sample_start=`the", "--sample_num=2"]
     done = call("train_gpt2.py", *TRAIN, *flags, f"--data_dir={data_dir}", f"--out_dir={out}")
     assert done.returncode == 0, done.stderr
-    assert pictures(out) == ["loss.png", "loss_by_hours.png", "training.png"]
+    assert pictures(out) == ["loss.png", "loss_by_time.png", "training.png"]
     val = metrics(out, "val")[-1]["val_loss"]
     assert f"val loss: {val:.4f} nats per token at step 4" in done.stdout
     page = (out / "report.md").read_text()
@@ -213,13 +213,13 @@ def test_what_the_picture_says(tmp_path):
     axes = figures["loss.png"].axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["val (last 2.0000)"].get_xdata().tolist() == [0, 10, 20, 30, 40, 50, 60]
-    assert lines["train"].get_ydata().tolist() == [5.0 / step for step in range(1, 61)]
+    assert lines["train, mean since the last record"].get_ydata().tolist() == [5.0 / step for step in range(1, 61)]
     assert "train, smoothed (mean of 3 records)" in lines
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss (nats per token)")
     assert "tokens trained on" in seen(figures["loss.png"])
-    hours = figures["loss_by_hours.png"].axes[0]
-    assert hours.get_xlabel() == "hours since the launch"
-    assert hours.lines[-1].get_xdata().max() == pytest.approx(0.1)
+    hours = figures["loss_by_time.png"].axes[0]
+    assert hours.get_xlabel() == "minutes since the launch"
+    assert hours.lines[-1].get_xdata().max() == pytest.approx(6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_optimizers_with_three_seeds_each(tmp_path):
     assert "| optimizer | adamw | muon |" in page
     assert "1.5100 to 1.5300" in page
     assert "$0.60" in page  # three runs of six minutes
-    assert pictures(tmp_path / "comparison") == ["loss.png", "loss_by_hours.png", "training.png"]
+    assert pictures(tmp_path / "comparison") == ["loss.png", "loss_by_time.png", "training.png"]
     assert not list((tmp_path / "a1").glob("*.png"))
 
 

@@ -1,14 +1,20 @@
-"""What a start costs with 15T tokens: 150,000 shards of 100M, files of the right size that hold nothing.
+"""What 15T tokens cost at a start: 150,000 shards of 100M, files of the right size that hold nothing.
 
-python records/2026-11-21_15T/measure.py index FOLDER [SHARDS]     # make it, and time what every start does
-python records/2026-11-21_15T/measure.py checkpoints FOLDER        # size and seconds by model
+    python records/2026-11-21_15T/measure.py index FOLDER [SHARDS]  # make it, and time what every start does
+    python records/2026-11-21_15T/measure.py checkpoints FOLDER  # size and seconds by model
+    python records/2026-11-21_15T/measure.py windows FOLDER  # windows of a real shard that is not in memory
+
+Linux only.
 """
 
+import ctypes
 import json
 import os
+import re
 import resource
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-from dataloader import DataGuard, Windows, read_meta, train_batches  # noqa: E402
+from dataloader import DataGuard, Windows, open_shard, read_meta, train_batches  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import make_optimizers  # noqa: E402
 from shards import HEADER_BYTES, shard_header  # noqa: E402
@@ -27,10 +33,11 @@ TOKENS = 100_000_000  # in a shard
 
 
 def timed(what: str, action: object) -> object:
-    began, before = time.perf_counter(), maps()
+    before, cpu, began = maps(), time.process_time(), time.perf_counter()
     result = action()
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"{what}: {time.perf_counter() - began:.2f} s, {maps() - before:,} more maps, peak {peak:,} MB", flush=True)
+    print(f"{what}: {wall:.2f} s, {cpu:.2f} s of CPU, {maps() - before:,} more maps, peak {peak:,} MB", flush=True)
     return result
 
 
@@ -83,6 +90,49 @@ def index(folder: Path, count: int) -> None:
     batches.close()
 
 
+def windows(folder: Path) -> None:
+    """The same windows by a map as it is, by one told to expect random reads, and by a file opened for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, reads, rng = folder / "real_train_000001.bin", 300, np.random.default_rng(1)
+    with open(path, "wb") as file:
+        file.write(shard_header(200_000_000))
+        for _ in range(100):
+            file.write(os.urandom(4_000_000))
+        os.fsync(file.fileno())
+
+    def run(what: str, read: object) -> None:
+        starts = rng.integers(0, 190_000, reads) * 1024
+        for life in ("not in memory", "in memory"):
+            before, cpu, began = disk_bytes(), time.process_time(), time.perf_counter()
+            for start in starts.tolist():
+                read(start).max()
+            wall, cpu = (time.perf_counter() - began) / reads, (time.process_time() - cpu) / reads
+            size = (disk_bytes() - before) / reads / 1024
+            print(f"{what}, {life}: {wall * 1e6:.0f} us, {cpu * 1e6:.0f} us of CPU, {size:,.1f} KB from disk a window")
+
+    for what, advice in (("map", None), ("map, MADV_RANDOM", 1)):
+        forget(path)
+        tokens = open_shard(path)
+        if advice:
+            address, size = tokens.ctypes.data - HEADER_BYTES, tokens.nbytes + HEADER_BYTES
+            assert ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0
+        run(what, lambda start, tokens=tokens: tokens[start : start + 1025])
+        del tokens
+    forget(path)
+    run("file opened for each", lambda start: np.fromfile(path, "<u2", 1025, offset=HEADER_BYTES + 2 * start))
+    path.unlink()
+
+
+def forget(path: Path) -> None:
+    """Let the kernel drop what it holds of a file in memory."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes() -> int:
+    return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
+
+
 def checkpoints(folder: Path) -> None:
     sizes = {"124M": (12, 12, 768), "medium": (24, 16, 1024)}
     for name, (n_layer, n_head, n_embd) in sizes.items():
@@ -99,11 +149,8 @@ def checkpoints(folder: Path) -> None:
             began = time.perf_counter()
             path = checkpoint.save(state, str(folder), 1, None)
             seconds = time.perf_counter() - began
+            forget(path)
             began = time.perf_counter()
-            with open(path, "rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            import zipfile
-
             with zipfile.ZipFile(path) as archive:
                 archive.testzip()
             checked, size = time.perf_counter() - began, path.stat().st_size
@@ -121,4 +168,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "index":
         index(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 150_000)
     else:
-        checkpoints(Path(sys.argv[2]))
+        {"checkpoints": checkpoints, "windows": windows}[sys.argv[1]](Path(sys.argv[2]))

@@ -95,7 +95,7 @@ class Run:
 
     def records(self, kind: str) -> list[dict]:
         path = self.disk() / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be half written
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
     def wait_for_step(self, step: int) -> None:
