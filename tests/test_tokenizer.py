@@ -16,7 +16,7 @@ from conftest import call
 
 import tokenizer
 from configurator import UserError
-from sources import Source
+from sources import Part, Source
 from tokenizer import (
     ENDOFTEXT,
     BatchEncoder,
@@ -408,7 +408,7 @@ def test_one_progress_bar_at_a_time(monkeypatch, capsys, on_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
     bar = tqdm.tqdm
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**{**options, "delay": 0, "mininterval": 0}))
-    source = Source([("train", lambda: iter([("one", True), ("two", True)]))], None, None, "")
+    source = Source([Part("train", lambda: iter([("one", True), ("two", True)]))], None, None, "")
     assert list(texts_of(source, 10, [])) == ["one", "two"]
     assert ("6.00B" in capsys.readouterr().err) != on_terminal
 
