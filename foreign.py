@@ -34,7 +34,7 @@ def find_token_files(where: str, exclude: str | None, downloads: Path) -> tuple[
     kinds = {foreign_kind(name) or "llm.c's shards" for name in names}
     if len(kinds) > 1:
         raise UserError(f"--shards={where}: there are {' and '.join(sorted(kinds))}; leave some out with --exclude")
-    if any(name.endswith("/train.bin") for name in names) and os.path.exists(os.path.join(where, "meta.pkl")):
+    if any(name.endswith("train.bin") for name in names) and os.path.exists(os.path.join(where, "meta.pkl")):
         raise UserError(f"--shards={where}: its ids are characters (meta.pkl); prepare the text with --tokenizer=bytes")
     for split in ("train", "val"):
         if not any(split_of(name) == split for name in names):

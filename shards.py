@@ -89,7 +89,7 @@ def prepare_advice(folder: str | Path) -> str:
     """What to do where there are no shards."""
     for path in sorted(Path(folder).iterdir()):
         if kind := foreign_kind(path):
-            command = shlex.join(["python", "fineweb.py", f"--shards={folder}", f"--out_dir={folder}_shards"])
+            command = shlex.join(["python", "fineweb.py", f"--shards={folder}", f"--out_dir={Path(folder)}_shards"])
             return f"but {path.name} is {kind}; convert it: {command}"
     return "prepare them with fineweb.py"
 
