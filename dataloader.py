@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configurator import UserError
 from files import read_json, read_text
-from shards import HEADER_BYTES, find_parts, find_shards, join_command, shard_checksum, shard_tokens
+from shards import HEADER_BYTES, find_parts, find_shards, join_command, prepare_advice, shard_checksum, shard_tokens
 
 AGAIN = "prepare the data again"
 MAX_MAPS = 16_384  # shards of a split that stay mapped: Linux gives a process 65,530 maps, and others need some
@@ -97,7 +97,7 @@ class Windows:
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
         self.paths = find_shards(data_dir, split)
         if not self.paths:
-            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
+            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); {prepare_advice(data_dir)}")
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.shard = lru_cache(MAX_MAPS)(open_shard)
         self.lengths = [len(self.shard(path)) for path in self.paths]

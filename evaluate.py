@@ -89,7 +89,7 @@ def main() -> int:
         model.eval(), shards, tokens, T, stride, config.batch_size, world, in_dtype, byte_lengths
     )
     world.close()
-    words = meta.get(f"{config.split}_words") if tokens == everything else None
+    words = (meta.get(f"{config.split}_words") or None) if tokens == everything else None  # 0: of shards of others
     word_loss = nats / (words - 1) if words and words > 1 else None
     result = {
         "model": str(path), "data_dir": config.data_dir, "split": config.split, "seq_len": T, "stride": stride,

@@ -3,6 +3,7 @@
     python fineweb.py                                     # FineWeb-Edu, 10B tokens, to data/fineweb_edu10B
     python fineweb.py config/data/shakespeare.py
     python fineweb.py --files='notes/**/*.txt' --out_dir=data/notes     # a tenth of it for validation
+    python fineweb.py --shards=kjj0/fineweb10B-gpt2 --out_dir=data/fineweb10B          # tokens that others have made
 
 parts (a file each, sources.py) -> pieces of documents -> batches, encoded on all cores (tokenizer.py) -> shards.
 A shard is a number of whole batches, and a batch ends behind a known piece of a known part. So after any kind of death
@@ -17,7 +18,7 @@ Several machines make one preparation by parts of it, at the same time and in an
 A part is some source files in a row or, with fewer files than parts, some documents in a row of one file, which every
 part then reads and only its own encodes. So the joined data is one preparation's, document for document, and the same
 documents are validation: val_shards are made by part 1, which must have more text than they hold; val_split's files
-come behind all others; and val_fraction needs the number of all documents, for which each part reads the files before
+come behind all others; and val_fraction needs the documents' numbers, for which each part reads the files before
 its own once, unless they are Parquet or text without a separator given by --files.
 """
 
@@ -33,25 +34,28 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
-import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from tiktoken import Encoding
 
 from configurator import PathStr, UserError, cli, configure
 from files import lock_folder, remove_partial, whole_file
-from shards import find_parts, find_shards, join_command, shard_header, shard_tokens
+from foreign import TokenFile, find_token_files, open_tokens
+from shards import find_parts, find_shards, join_command, new_shard, shard_tokens
 from sources import Reader, Source, open_source, take_share
-from tokenizer import BatchEncoder, get_tokenizer, tokenizer_content
+from tokenizer import BatchEncoder, get_tokenizer, token_bytes, tokenizer_content
 from wikitext import add_spaces, detokenize
 
 PIECE = 250_000  # characters of a long document encoded at a time; tiktoken's regex fails on 1,000,000 spaces
@@ -68,7 +72,8 @@ class DataConfig:
     split: str = "train"  # or several: train+test
     text_column: str = "text"  # of a data set, .jsonl and .parquet
     files: PathStr | None = None  # or a glob of .jsonl, .jsonl.gz, .parquet, or text (a document a file)
-    exclude: str | None = None  # globs, separated by commas, of paths to leave out of files
+    shards: PathStr | None = None  # or token files made elsewhere: a Hugging Face data set or folder of them
+    exclude: str | None = None  # globs, separated by commas, of paths to leave out of files or shards
     separator: str | None = None  # what stands between documents in a text file; None: a file is one document
     url: str | None = None  # or a text file to download, one document
     tokenizer: PathStr = "gpt2"  # gpt2, bytes, another name of tiktoken's, or the path of a tokenizer.json
@@ -82,10 +87,11 @@ class DataConfig:
     detokenize: Literal["wikitext"] | None = None  # tokens are of the text without WikiText's spaces, words of it as is
     val_split: str | None = None  # validation: the data set's own split of this name,
     val_fraction: float | None = None  # or this fraction of the documents, at the end; of a single one its characters
+    val_seed: int | None = None  # with it, val_fraction takes documents by chance, whole ones, instead of the last
     val_shards: int | None = None  # or this many shards, at the beginning; none of the three: 1, of files or url 0.1
 
     def __post_init__(self) -> None:
-        sources = [name for name in ("dataset", "files", "url") if getattr(self, name)]
+        sources = [name for name in ("dataset", "files", "url", "shards") if getattr(self, name)]
         rules = [name for name in ("val_split", "val_fraction", "val_shards") if getattr(self, name) is not None]
         for name, value in vars(self).items():
             if value == "":  # as --files=$UNSET: not what the defaults are meant for
@@ -96,16 +102,22 @@ class DataConfig:
             raise ValueError(f"{' and '.join(rules)} are both given, but validation is chosen by one of them")
         if sources and not self.out_dir:
             raise ValueError(f"{sources[0]} needs a place for its shards: --out_dir=data/NAME")
-        if self.exclude and not self.files:
-            raise ValueError("exclude belongs to files")
+        if self.exclude and not (self.files or self.shards):
+            raise ValueError("exclude belongs to files or shards")
+        of_text = [*rules, *(name for name in ("separator", "part", "join", "detokenize") if getattr(self, name))]
+        if self.shards and of_text:
+            raise ValueError(f"{of_text[0]} is of text, but shards are tokens already, and train or val by their names")
         if self.separator and self.dataset:
             raise ValueError("separator belongs to text files, not to a data set")
         if self.val_split and (self.files or self.url):
             raise ValueError("val_split is a split of a data set; with files or url use val_fraction or val_shards")
-        if (self.subset or self.split != "train") and (self.files or self.url):
-            raise ValueError(f"{'subset' if self.subset else 'split'} belongs to a data set, not to files or url")
+        if (self.subset or self.split != "train") and sources and not self.dataset:
+            raise ValueError(f"{'subset' if self.subset else 'split'} belongs to a data set, not to {sources[0]}")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if self.val_seed is not None and (self.join or not self.val_fraction):
+            why = "join makes one document of all" if self.join else "it needs val_fraction"
+            raise ValueError(f"val_seed chooses among documents, but {why}")
         for name, end in (("shard_tokens", 2**30), ("num_proc", 2**10), ("val_shards", 2**31)):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < end:
                 raise ValueError(f"{name} must be at least 1 and below {end}, not {getattr(self, name)}")
@@ -120,7 +132,7 @@ class DataConfig:
             object.__setattr__(self, "out_dir", self.out_dir or "data/fineweb_edu10B")
         if not rules and (self.files or self.url):  # often less than a shard
             object.__setattr__(self, "val_fraction", 0.1)
-        elif not rules:
+        elif not rules and not self.shards:
             object.__setattr__(self, "val_shards", 1)
 
     @property
@@ -149,15 +161,21 @@ class Cursor(NamedTuple):
 
 
 class Batch(NamedTuple):
-    split: str
-    pieces: list[Piece]
+    pieces: dict[str, list[Piece]]  # by split: one or, where documents are chosen, both
     end: Cursor  # behind its last piece
-    is_last: bool  # of its split
+    is_last: bool  # of its splits
 
 
-Results = Iterator[tuple[Batch, np.ndarray]]  # with its tokens
+class Tokens(NamedTuple):
+    ids: np.ndarray  # uint16
+    words: int  # of their text
+    bytes: int
+
+
+Results = Iterator[tuple[Batch, dict[str, Tokens]]]  # by split
 Cut = tuple[float, int]  # (document, character): where in the source validation begins
 NEVER = (math.inf, 0)
+Choice = Callable[[int], bool]  # of documents by their numbers
 
 
 def find_cut(source: Source, val_fraction: float | None) -> Cut:
@@ -177,12 +195,22 @@ def find_cut(source: Source, val_fraction: float | None) -> Cut:
     return int(documents * rest), 0
 
 
-def split_texts(split: str, read: Reader, document: int, cut: Cut) -> Iterator[tuple[str, str, bool]]:
+def choose(seed: int, fraction: float, begin: int, number: int) -> bool:
+    """Whether the document `number` behind `begin` is validation: by its hash, without memory of the others."""
+    digest = hashlib.blake2b(f"{seed} {begin + number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def split_texts(
+    split: str, read: Reader, document: int, cut: Cut, chosen: Choice | None = None
+) -> Iterator[tuple[str, str, bool]]:
     """(split, text, whether it begins a document) of a part whose first document is number `document`."""
     document, character = document - 1, 0
     for text, begins in read():
         if begins:
             document, character = document + 1, 0
+            if chosen:
+                split = "val" if chosen(document) else "train"
         before = cut[1] - character if document == cut[0] else 0
         if 0 < before < len(text):
             yield split, text[:before], begins
@@ -247,44 +275,53 @@ def to_utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def make_batches(source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext: bool) -> Iterator[Batch]:
-    """Batches of about `size` bytes, each of one split, of all that lies behind a cursor."""
-    pieces, room, batch_split, end = [], size, None, begin
+def make_batches(
+    source: Source, begin: Cursor, cut: Cut, size: int, is_wikitext: bool, chosen: Choice | None = None
+) -> Iterator[Batch]:
+    """Batches of about `size` bytes of all that lies behind a cursor; of one split each, unless documents are chosen
+    for validation."""
+    pieces, room, end = {}, size, begin
     documents, done = begin.documents, begin.piece
     for number, part in list(enumerate(source.parts))[begin.part :]:
         before = documents
-        found = cut_pieces(split_texts(part.split, part.read, before, cut), is_wikitext)
+        found = cut_pieces(split_texts(part.split, part.read, before, cut, chosen), is_wikitext)
         for count, (split, piece) in enumerate(found, 1):
             documents += piece.first
             if count <= done:
                 continue  # it is in a shard of a killed preparation
-            if pieces and (room <= 0 or split != batch_split):
-                yield Batch(batch_split, pieces, end, split != batch_split)
-                pieces, room = [], size
-            pieces.append(piece)
+            turns = split not in pieces and not chosen
+            if pieces and (room <= 0 or turns):
+                yield Batch(pieces, end, turns)
+                pieces, room = {}, size
+            pieces.setdefault(split, []).append(piece)
             room -= len(piece.text)
-            batch_split, end = split, Cursor(number, count, before)
+            end = Cursor(number, count, before)
         done = 0
     if pieces:
-        yield Batch(batch_split, pieces, end, True)
+        yield Batch(pieces, end, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches to tokens
 
 
-def encode(pieces: list[Piece], encoder: BatchEncoder) -> np.ndarray:
-    """Token ids, uint16. Every document begins with <|endoftext|>; the same characters in a text are ordinary text."""
+def encode(pieces: list[Piece], encoder: BatchEncoder) -> Tokens:
+    """Every document begins with <|endoftext|>; the same characters in a text are ordinary text."""
     ids, counts = encoder([piece.text for piece in pieces])
     starts = (np.cumsum(counts) - counts)[[piece.first for piece in pieces]]
-    return np.insert(ids, starts, encoder.enc.eot_token)
+    ids = np.insert(ids, starts, encoder.enc.eot_token)
+    return Tokens(ids, sum(piece.words for piece in pieces), sum(len(piece.text) for piece in pieces))
 
 
 def encode_all(batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPoolExecutor) -> Results:
     """All batches with their tokens, in order; while one is encoded, the next are read."""
+
+    def encode_batch(batch: Batch) -> dict[str, Tokens]:
+        return {split: encode(pieces, encoder) for split, pieces in batch.pieces.items()}
+
     waiting: deque = deque()
     for batch in batches:
-        waiting.append((batch, thread.submit(encode, batch.pieces, encoder)))
+        waiting.append((batch, thread.submit(encode_batch, batch)))
         if len(waiting) == 3:
             batch, future = waiting.popleft()
             yield batch, future.result()
@@ -297,30 +334,31 @@ def encode_all(batches: Iterator[Batch], encoder: BatchEncoder, thread: ThreadPo
 
 
 def write_shards(results: Results, out_dir: Path, config: DataConfig, progress: dict) -> None:
-    """Whole batches into whole shards; after each, progress.json says how far the source has been read."""
+    """Whole batches into whole shards, those of both splits at once where batches hold both; after each,
+    progress.json says how far the source has been read."""
     shards, val_shards, prefix = progress["shards"], config.val_shards or 0, out_dir.resolve().name
     if config.part:
         prefix = f"{out_dir.resolve().parent.name}_{prefix}"
         val_shards = val_shards if config.share[0] == 0 else 0
     for batch, tokens in results:
-        split = "val" if len(shards["train"]) + len(shards["val"]) < val_shards else batch.split
-        number = len(shards[split]) + (val_shards or 1 if split == "train" else 0)
-        name = f"{prefix}_{split}_{number:06d}.bin"
-        with whole_file(out_dir / name) as file:
-            file.write(shard_header(0))
-            count = checksum = 0
+        all_val, new = len(shards["train"]) + len(shards["val"]) < val_shards, {}  # new: {split: NewShard}
+        with contextlib.ExitStack() as stack:
             while True:
-                file.write(tokens)
-                count, checksum = count + len(tokens), zlib.crc32(tokens, checksum)
-                progress[f"{split}_tokens"] += len(tokens)
-                progress[f"{split}_words"] += sum(piece.words for piece in batch.pieces)
-                progress[f"{split}_bytes"] += sum(len(piece.text) for piece in batch.pieces)
-                if count >= config.shard_tokens or batch.is_last:
+                for split, (ids, words, size) in tokens.items():
+                    split = "val" if all_val else split
+                    if split not in new:
+                        number = len(shards[split]) + (val_shards or 1 if split == "train" else 0)
+                        path = out_dir / f"{prefix}_{split}_{number:06d}.bin"
+                        new[split] = stack.enter_context(new_shard(path))
+                    new[split].write(ids)
+                    progress[f"{split}_tokens"] += len(ids)
+                    progress[f"{split}_words"] += words
+                    progress[f"{split}_bytes"] += size
+                if batch.is_last or max(shard.tokens for shard in new.values()) >= config.shard_tokens:
                     break
                 batch, tokens = next(results)
-            file.seek(0)
-            file.write(shard_header(count))
-        shards[split][name] = [count, checksum]
+        for split, shard in new.items():
+            shards[split][shard.name] = [shard.tokens, shard.checksum]
         progress["cursor"] = batch.end
         write_json(out_dir / "progress.json", progress)
 
@@ -340,13 +378,14 @@ def show_progress(results: Results, source: Source, progress: dict) -> Results:
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
     with tqdm(unit="tok", unit_scale=True, initial=tokens_before, mininterval=interval, delay=1) as bar:
         for batch, tokens in results:
-            size += sum(len(piece.text) for piece in batch.pieces)
+            size += sum(found.bytes for found in tokens.values())
+            count = sum(len(found.ids) for found in tokens.values())
             if source.size:
-                bar.total = (bar.n + len(tokens)) * source.size // max(1, size_before + size)
+                bar.total = (bar.n + count) * source.size // max(1, size_before + size)
             elif source.documents:  # a long one has several pieces
                 documents = batch.end.documents + batch.end.piece
-                bar.total = (bar.n + len(tokens)) * max(source.documents, documents) // documents
-            bar.update(len(tokens))
+                bar.total = (bar.n + count) * max(source.documents, documents) // documents
+            bar.update(count)
             yield batch, tokens
     seconds = time.perf_counter() - start
     print(f"{size / 1e6:,.1f} MB of text in {seconds:,.1f} s, {size / 1e6 / seconds:,.1f} MB/s")
@@ -450,7 +489,8 @@ def prepare(config: DataConfig) -> None:
         with own_folder(folder):
             progress, done = read_progress(folder, settings)
             if not done:
-                progress = make_shards(config, folder, tokenizer, settings, progress)
+                make = convert_shards if config.shards else make_shards
+                progress = make(config, folder, tokenizer, settings, progress)
         if config.part:
             print(f"{folder}{' is complete' * done}: {spell_tokens(progress)}")
             print(f"next, once all {config.share[1]} parts are there: {join_command(out_dir)}")
@@ -482,12 +522,14 @@ def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dic
     progress = progress or fresh_progress(settings)
     check_same(out_dir, progress["settings"], settings)
     progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])  # for who finds it unfinished
-    cut, size = find_cut(source, config.val_fraction), min(BATCH, config.shard_tokens)  # small shards, small batches
+    by_chance, size = config.val_seed is not None, min(BATCH, config.shard_tokens)  # small shards, small batches
+    cut, begin = NEVER if by_chance else find_cut(source, config.val_fraction), 0
     if config.part:
         progress["part"] = config.part
-        source, begin = take_share(source, *config.share, numbered=cut != NEVER)
+        source, begin = take_share(source, *config.share, numbered=bool(config.val_fraction))
         cut = (cut[0] - begin, cut[1])
-    batches = make_batches(source, Cursor(*progress["cursor"]), cut, size, config.detokenize == "wikitext")
+    chosen = partial(choose, config.val_seed, config.val_fraction, begin) if by_chance else None
+    batches = make_batches(source, Cursor(*progress["cursor"]), cut, size, config.detokenize == "wikitext", chosen)
     with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
         first = next(batches, None)
         if first is None and is_fresh and not config.part:
@@ -504,10 +546,45 @@ def make_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dic
             begin_writing(out_dir, fresh_progress(settings))  # other settings may use the folder
             fewer = "fewer parts, " if config.part else ""
             advice = f"; use {fewer}--val_fraction=0.1, or smaller --shard_tokens" if config.val_shards else ""
+            advice = "; use another --val_fraction or --val_seed" if by_chance else advice
             tokens = progress[f"{other}_tokens"]
             raise UserError(f"no text is left for {split}: all {tokens:,} tokens are {other}{advice}")
     write_meta(out_dir, tokenizer, enc.n_vocab, progress)
     return progress
+
+
+def convert_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: dict, progress: dict | None) -> dict:
+    """The same of tokens that others made, which are downloaded to out_dir/download, a file at a time."""
+    enc, downloads = get_tokenizer(tokenizer), out_dir / "download"
+    files, settings["source"] = find_token_files(config.shards, config.exclude, downloads)
+    progress = progress or fresh_progress(settings)
+    check_same(out_dir, progress["settings"], settings)
+    progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])
+    begin_writing(out_dir, progress)
+    results = read_token_files(files, Cursor(*progress["cursor"]), config.shard_tokens, enc)
+    write_shards(show_progress(results, Source([], None, None, ""), progress), out_dir, config, progress)
+    write_meta(out_dir, tokenizer, enc.n_vocab, progress)
+    shutil.rmtree(downloads, ignore_errors=True)
+    return progress
+
+
+def read_token_files(files: list[TokenFile], begin: Cursor, size: int, enc: Encoding) -> Results:
+    """A file is one shard, or several of at least `size` tokens. Raises UserError where ids are not the tokenizer's."""
+    lengths = np.zeros(2**16, np.int64)
+    lengths[: enc.n_vocab] = token_bytes(enc)
+    for number, file in list(enumerate(files))[begin.part :]:
+        path = file.get()
+        tokens = open_tokens(path)
+        parts = max(1, len(tokens) // size)
+        for part in range(begin.piece if number == begin.part else 0, parts):
+            ids = tokens[len(tokens) * part // parts : len(tokens) * (part + 1) // parts]
+            counts = sum(np.bincount(ids[i : i + BATCH], minlength=2**16) for i in range(0, len(ids), BATCH))
+            if counts[enc.n_vocab :].any():
+                raise UserError(f"{path}: id {counts.nonzero()[0][-1]}, but --tokenizer has {enc.n_vocab:,} ids")
+            end = Cursor(number, part + 1) if part + 1 < parts else Cursor(number + 1)
+            yield Batch({}, end, True), {file.split: Tokens(ids, 0, int(counts @ lengths))}
+        if file.is_download:
+            path.unlink()
 
 
 def fresh_progress(settings: dict) -> dict:

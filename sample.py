@@ -1,6 +1,7 @@
 """Text from a checkpoint or from GPT-2, streamed as it is made.
 
-python sample.py --start="def main"                  the newest run under out/
+python sample.py                                     asks for prompts, on a terminal; of the newest run under out/
+python sample.py --start="def main"
 python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
 python sample.py --model=gpt2 --start="Once upon a time"
 """
@@ -11,6 +12,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
 
 import codecs
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 class SampleConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
     best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
-    start: str = ""  # text to continue, or FILE:path; empty: the start of a document
+    start: str = ""  # text to continue, or FILE:path; empty: the start of a document; not given: asks on a terminal
     num_samples: int = 1  # made together as one batch; the first is streamed
     max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
@@ -55,34 +57,53 @@ class SampleConfig:
 
 
 def main() -> int:
-    config, _ = configure(SampleConfig, positional="model")
+    config, given = configure(SampleConfig, positional="model")
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
     model = model.to(pick_dtype(config.dtype, device)).eval()
     speed_up(model)
-    start = read_start(config.start)
+    asks = "start" not in given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    starts = ask() if asks else [read_start(config.start)]
     print(f"{path}, seed {config.seed}\n---", file=sys.stderr, flush=True)
+    for number, start in enumerate(starts):
+        try:
+            show(model, enc, start, config, config.seed + number)
+        except FloatingPointError as error:
+            print()
+            raise UserError(f"{path}: {error}") from None
+    return 0
 
+
+def ask() -> Iterator[str]:
+    """Prompts that the user types, until Ctrl-D or Ctrl-C."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (makes input's line one that can be edited)
+    while True:
+        try:
+            yield input("prompt> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def show(model: GPT, enc: "tiktoken.Encoding", start: str, config: SampleConfig, seed: int) -> None:
+    """Print the samples of one start; Ctrl-C ends them early. Raises FloatingPointError as generate does."""
     texts = [start] * config.num_samples
     sys.stdout.write(start)
     try:
         for pieces in complete(
             model, enc, start, config.num_samples, config.max_new_tokens,
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed,
         ):  # fmt: skip
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             sys.stdout.write(pieces[0])
             sys.stdout.flush()
     except KeyboardInterrupt:
         pass  # enough text
-    except FloatingPointError as error:
-        print()
-        raise UserError(f"{path}: {error}") from None
     print()
     for text in texts[1:]:
         print(f"---\n{text}")
-    return 0
 
 
 def read_start(start: str) -> str:

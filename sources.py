@@ -124,11 +124,16 @@ def one_line(error: Exception) -> str:
 
 def find_files(pattern: str, exclude: str | None) -> list[str]:
     found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    excluded = [os.path.expanduser(name.strip()) for name in (exclude or "").split(",")]
-    paths = sorted(path for path in found if not any(fnmatch(path, name) for name in excluded))
+    paths = sorted(leave_out(found, exclude))
     if not paths:
         raise UserError(f"--files={pattern}: no file there{' that --exclude leaves' if found else ''}")
     return paths
+
+
+def leave_out(paths: list[str], exclude: str | None) -> list[str]:
+    """Those that match none of the globs in exclude."""
+    excluded = [os.path.expanduser(name.strip()) for name in (exclude or "").split(",")]
+    return [path for path in paths if not any(fnmatch(path, name) for name in excluded)]
 
 
 def download(url: str, out_dir: Path) -> str:

@@ -52,17 +52,23 @@ REPORTED = {
         sample_start="Hello, I'm a language model,", sample_num=4, sample_tokens=32, sample_top_k=50,
         sample_temperature=1.0,
     ),
+    "shakespeare_gpu": dict(  # nanoGPT's baby GPT: its size, data, batch and dropout
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, bias=False, batch_size=64,
+        total_batch_size=64 * 256, data_dir="data/shakespeare_char", optimizer="muon",
+    ),
 }  # fmt: skip
 PARAMETERS = {
     "gpt2_dutch": 125_385_216, "gpt2_medium": 406_212_608, "gpt2_large": 838_220_800, "shakespeare_124m": 124_439_808,
-    "gpt2_124m": 124_475_904, "gpt2_124m_modern": 123_682_560,
+    "gpt2_124m": 124_475_904, "gpt2_124m_modern": 123_682_560, "tinystories": 29_368_832,
 }  # fmt: skip
 DATA = {
     "dutch": dict(tokenizer="dutch.json", out_dir="data/dutch"),  # of another source, as the config says
     "smollm_fineweb_edu_dedup": dict(dataset="HuggingFaceTB/smollm-corpus", subset="fineweb-edu-dedup"),
     "wikitext2_detokenized": dict(val_split="test", join=True, detokenize="wikitext"),
     "wikitext103_detokenized": dict(val_split="test", join=True, detokenize="wikitext"),
-    "imdb": dict(dataset="stanfordnlp/imdb", val_fraction=0.1),
+    "imdb": dict(dataset="stanfordnlp/imdb", split="train+test", val_fraction=0.1, val_seed=1),
+    "openwebtext": dict(dataset="Skylion007/openwebtext", val_fraction=0.0005, val_seed=2357),
+    "tinystories": dict(dataset="roneneldan/TinyStories", val_split="validation", tokenizer="tinystories.json"),
     "fineweb_edu": dict(dataset="HuggingFaceFW/fineweb-edu", subset="sample-10BT", val_split=None, val_fraction=None),
 }
 
@@ -106,6 +112,20 @@ def test_epochs_of_the_play():
 def test_the_modern_run_has_eight_checkpoints():
     config, _ = resolved("gpt2_124m_modern")
     assert len({*range(5000, config.max_steps + 1, config.checkpoint_interval), config.max_steps}) == 8
+
+
+def test_arithmetic_of_the_half_hour():
+    """What the comment of config/tinystories.py says: FLOP a token, tokens, and minutes on three cards."""
+    config, gpt_config = resolved("tinystories")
+    with torch.device("meta"):
+        flops = GPT(gpt_config).flops_per_token(gpt_config.block_size)
+    tokens = config.max_steps * config.total_batch_size
+    said = (ROOT / "config/tinystories.py").read_text()
+    assert f"= {flops / 1e6:.0f} MFLOP, all {tokens / 1e6:.0f}M tokens" in said.replace("\n# ", " ")
+    minutes = [flops * tokens / (0.35 * peak * 1e12) / 60 for peak in (165, 312, 989)]
+    assert (
+        "165 TFLOP/s that is {:.0f} minutes, of an A100's 312 {:.0f}, of an H100's 989 {:.0f}".format(*minutes) in said
+    )
 
 
 def test_constant_and_cosine_ends():

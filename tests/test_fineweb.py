@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import gzip
+import hashlib
 import http.server
 import json
 import os
@@ -148,7 +149,9 @@ def test_batches_from_any_cursor_are_the_same(small, cut):
         for i, batch in enumerate(batches):
             assert list(fineweb.make_batches(source, batch.end, cut, size, False)) == batches[i + 1 :]
         assert len(batches) > 10
-        assert {batch.split for batch in batches if batch.is_last} == {batch.split for batch in batches}
+        splits = [split for batch in batches for split in batch.pieces]
+        assert len(splits) == len(batches)  # each has one
+        assert {splits[i] for i, batch in enumerate(batches) if batch.is_last} == {*splits}
 
 
 def test_a_text_without_a_safe_place_is_still_cut(small):
@@ -323,6 +326,45 @@ def test_val_shards_and_splits(tmp_path, small):
     assert (tmp_path / "out" / "out_train_000002.bin").exists()
 
 
+def by_chance(texts, seed, fraction):
+    """{split: texts}, by the definition: a document's number and the seed decide."""
+    split = {"train": [], "val": []}
+    for number, text in enumerate(texts):
+        digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+        split["val" if int.from_bytes(digest) / 2**64 < fraction else "train"].append(text)
+    return split
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_val_seed(tmp_path, small, kind):
+    texts, made = documents(), {}
+    (tmp_path / "source").mkdir()
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (tmp_path / "source" / f"{i:02}.txt").write_bytes(text.encode())
+    else:
+        for i in range(3):
+            write_rows(tmp_path / "source" / f"{i}.jsonl", texts[i * 20 : i * 20 + 20])
+    for seed in (1, 2):
+        out, split = tmp_path / f"{seed}", by_chance(texts, seed, 0.3)
+        meta = prepare(out, files=f"{tmp_path}/source/*", val_fraction=0.3, val_seed=seed, shard_tokens=2000)
+        assert 8 < len(split["val"]) < 28
+        for name, own in split.items():
+            made[seed, name] = read_split(out, name)
+            assert made[seed, name] == tokens_of(own)
+            assert meta[f"{name}_tokens"] == len(made[seed, name])
+            assert meta[f"{name}_words"] == words_of(own)
+            assert meta["shards"][name] == checksums(out, meta["shards"][name])
+        assert 4 < len(meta["shards"]["train"]) <= 1 + (meta["train_tokens"] + meta["val_tokens"]) / 2000
+    assert made[1, "val"] != made[2, "val"]
+
+
+def test_a_single_document_is_not_split_by_chance(tmp_path):
+    (tmp_path / "a.txt").write_text("one text")
+    with pytest.raises(UserError, match=r"no text is left for .*--val_seed"):
+        prepare(tmp_path / "out", files=f"{tmp_path}/a.txt", val_fraction=0.5, val_seed=1)
+
+
 # Endings
 
 
@@ -408,7 +450,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt", "dataset", "joined"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "dataset", "joined", "by chance"])
 def test_stopped_anywhere_and_resumed_is_the_same(tmp_path, small, monkeypatch, kind):
     texts = documents(30)
     (tmp_path / "source").mkdir()
@@ -423,7 +465,7 @@ def test_stopped_anywhere_and_resumed_is_the_same(tmp_path, small, monkeypatch, 
         write_rows(tmp_path / "source" / "train-0.parquet", texts[:13])
         write_rows(tmp_path / "source" / "train-1.parquet", texts[13:])
         options = {"dataset": str(tmp_path / "source"), "val_fraction": 0.13, "tokenizer": "bytes"}
-        options["join"] = kind == "joined"
+        options |= {"val_fraction": 0.4, "val_seed": 3} if kind == "by chance" else {"join": kind == "joined"}
     prepare(tmp_path / "straight" / "out", shard_tokens=900, **options)
     real, left = os.replace, 0
 
@@ -813,6 +855,8 @@ def test_the_next_command_has_a_small_model_for_other_data():
         ({"files": "a", "val_split": "test"}, "val_split"),
         ({"dataset": "a", "val_split": "test", "val_fraction": 0.1}, "val_split and val_fraction"),
         ({"dataset": "a", "val_fraction": 1.0}, "val_fraction"),
+        ({"dataset": "a", "val_seed": 1}, "val_seed .*it needs val_fraction"),
+        ({"dataset": "a", "val_seed": 1, "val_fraction": 0.1, "join": True}, "val_seed .*one document"),
         ({"dataset": "a", "shard_tokens": 0}, "shard_tokens"),
         ({"dataset": "a", "exclude": "b"}, "exclude"),
         ({"files": "a", "subset": "b"}, "subset"),
@@ -916,7 +960,7 @@ def prepare_parts(out_dir, count, **options):
 
 @pytest.mark.parametrize("count", [3, 7])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "dataset", "val_split", "separator", "one"])
-@pytest.mark.parametrize("val", [{}, {"val_fraction": 0.3}])
+@pytest.mark.parametrize("val", [{}, {"val_fraction": 0.3}, {"val_fraction": 0.3, "val_seed": 5}])
 def test_parts_together_are_one_preparation(tmp_path, small, kind, count, val):
     texts, source = documents()[::-1], tmp_path / "source"
     source.mkdir()
@@ -929,6 +973,7 @@ def test_parts_together_are_one_preparation(tmp_path, small, kind, count, val):
         (source / "a.txt").write_bytes("<|>".join(texts).encode())
         options["separator"] = "<|>"
     elif kind == "one":  # a document, which cannot be divided
+        options.pop("val_seed", None)
         (source / "a.txt").write_bytes("".join(texts).encode())
     else:
         suffix = "parquet" if kind in ("dataset", "val_split") else kind
@@ -961,7 +1006,7 @@ def test_a_part_reads_little_of_what_is_not_its_own(tmp_path, small, monkeypatch
     assert sorted(read) == [f"{i:02}" for i in range(12)]
 
 
-@pytest.mark.parametrize("val", [{"val_shards": 1}, {"val_fraction": 0.3}])
+@pytest.mark.parametrize("val", [{"val_shards": 1}, {"val_fraction": 0.3}, {"val_fraction": 0.3, "val_seed": 5}])
 def test_a_part_that_is_killed_and_repeated_is_the_same(tmp_path, small, monkeypatch, val):
     write_rows(tmp_path / "a.jsonl", documents(24)[::-1])
     options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 500, "tokenizer": "bytes", **val}

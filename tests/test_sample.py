@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from conftest import ROOT, call
 from test_model import batch, make, variants
 
 import checkpoint
+from configurator import cli
 from model import GPT, GPTConfig
-from sample import complete, generate, sample_token, speed_up
+from sample import complete, generate, main, sample_token, speed_up
 from tokenizer import get_tokenizer
 from weights import load_model
 
@@ -48,6 +50,60 @@ def test_several_samples_are_one_batch(folder):
     assert len(texts) == 3
     assert all(text.startswith("Hello") for text in texts)
     assert len(set(texts)) == 3
+
+
+class Terminal:
+    """A script's `main` in a copy of this process that has a terminal of its own."""
+
+    def __init__(self, *args):
+        self.pid, self.handle = pty.fork()
+        self.seen = b""
+        if self.pid == 0:
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv = ["sample.py", *map(str, args)]
+            try:
+                cli(main)
+            except SystemExit as ended:
+                os._exit(ended.code)
+            finally:
+                os._exit(99)
+
+    def until(self, text):
+        """What it writes up to this, and from here on no more of it is told."""
+        while text.encode() not in self.seen:
+            self.seen += os.read(self.handle, 10_000)  # OSError where it has ended
+        told, _, self.seen = self.seen.partition(text.encode())
+        return told.decode()
+
+    def type(self, text):
+        os.write(self.handle, text.encode())
+
+    def ended(self):
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        finally:
+            os.close(self.handle)
+
+
+@pytest.mark.parametrize("last", ["\x03", "\x04"])
+def test_it_asks_on_a_terminal(folder, last):
+    terminal = Terminal(f"--model={folder}", "--device=cpu", "--max_new_tokens=80", "--seed=5")
+    assert "ckpt_000001.pt" in terminal.until("prompt> ")
+    told = []
+    for _ in range(2):
+        terminal.type("Hello\n")
+        terminal.until("Hello\r\n")  # the terminal's echo
+        told.append(terminal.until("prompt> "))
+    terminal.type(last)
+    assert terminal.ended() == 0
+    straight = [sample(folder, "--start=Hello", f"--seed={seed}").stdout for seed in (5, 6)]
+    assert [text.replace("\r", "") for text in told] == [text.replace("\r", "") for text in straight]
+
+
+def test_with_a_start_it_asks_nothing(folder):
+    terminal = Terminal(f"--model={folder}", "--device=cpu", "--start=", "--max_new_tokens=5")
+    terminal.until("---")
+    assert terminal.ended() == 0
 
 
 def test_start_from_a_file(folder, tmp_path):

@@ -1,6 +1,8 @@
-# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; the last 5,000 in file order are validation.
+# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; a tenth of them, drawn by val_seed, is validation. (The rows are
+# sorted by label: the last tenth in file order is positive reviews alone.)
 #     python fineweb.py config/data/imdb.py
 dataset = "stanfordnlp/imdb"
 split = "train+test"
 val_fraction = 0.1
+val_seed = 1
 out_dir = "data/imdb"

@@ -1,11 +1,12 @@
-"""The fine-tuning table: GPT-2s of all sizes, at several contexts, on WikiText-2 and IMDB, beside the reported losses.
+"""The fine-tuning table: GPT-2s of all sizes, contexts and batches, on WikiText and IMDB, beside the reported losses.
 
-    python fineweb.py config/data/wikitext2_detokenized.py && python fineweb.py config/data/imdb.py
+    for data in wikitext2_detokenized wikitext103_detokenized imdb; do python fineweb.py config/data/$data.py; done
     python records/2026-11-20_finetune_table/table.py
 
 Every cell is a run of train_gpt2.py with config/finetune_<data>.py, in a folder of its own. The same command goes on
 where it was stopped, and runs no cell again that is done. A cell that fails is a line of the table, and is tried again.
-The table is printed line by line and is in out_dir/table.md; the losses are those of the last step, on all of val.
+The table is printed line by line and is in out_dir/table.md. The train loss is the mean of all steps, with dropout; val
+and word loss are those of the last step, on all of val.
 """
 
 import shlex
@@ -24,8 +25,8 @@ from huggingface import save_folder  # noqa: E402
 from metrics import read_metrics  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-BATCH = {"wikitext2": 8, "imdb": 64}  # sequences in a step
-REPORTED = {  # data, model: {context: (val loss, word loss)}
+BATCH = {"wikitext2": 8, "wikitext103": 8, "imdb": 64}  # sequences in a step
+REPORTED = {  # data, model: {context: (val loss, word loss)} at that batch
     ("wikitext2", "gpt2"): {256: (3.03, 3.40), 512: (2.94, 3.31), 1024: (2.87, 3.22)},
     ("wikitext2", "gpt2-medium"): {256: (2.81, 3.16), 512: (2.70, 3.04), 1024: (2.63, 2.95)},
     ("wikitext2", "gpt2-large"): {256: (2.74, 3.08), 512: (2.59, 2.91), 1024: (2.51, 2.82)},
@@ -34,8 +35,8 @@ REPORTED = {  # data, model: {context: (val loss, word loss)}
     ("imdb", "gpt2-medium"): {256: (3.35, 4.31), 512: (3.30, 4.25), 1024: (3.30, 4.26)},
 }
 HEAD = """\
-| data | model | context | steps | val loss | word loss | reported val loss | reported word loss |
-|---|---|---|---|---|---|---|---|
+| data | model | batch | context | steps | train loss | val loss | word loss | reported val loss | reported word loss |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -43,8 +44,10 @@ HEAD = """\
 class TableConfig:
     models: str = "gpt2,gpt2-medium,gpt2-large,gpt2-xl"  # or folders; what train_gpt2.py's init_from takes
     contexts: str = "256,512,1024"  # tokens
-    data: str = "wikitext2,imdb"  # one or both
+    batches: str | None = "8,16"  # sequences in a step at a context of 256, beside the usual 8 or, of imdb, 64
+    data: str = "wikitext2,wikitext103,imdb"  # one or some
     wikitext2_dir: str = "data/wikitext2_detokenized"  # token shards
+    wikitext103_dir: str = "data/wikitext103_detokenized"
     imdb_dir: str = "data/imdb"
     out_dir: str = "out/finetune_table"  # where the runs and table.md go
     micro_batch: int | None = None  # sequences at a time, where memory is short; None: all of a step
@@ -55,6 +58,7 @@ class TableConfig:
 def main() -> int:
     config, _ = configure(TableConfig)
     contexts = [int(context) for context in config.contexts.split(",")]
+    others = [int(batch) for batch in (config.batches or "").split(",") if batch]
     if unknown := set(config.data.split(",")) - BATCH.keys():
         raise UserError(f"--data={config.data}: there is no {min(unknown)}; choose from {', '.join(BATCH)}")
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
@@ -63,26 +67,33 @@ def main() -> int:
     for data in config.data.split(","):
         for number, model in enumerate(config.models.split(",")):
             source = standin(config.out_dir, model, number) if config.standins else model
-            for context in contexts:
-                result = cell(config, data, model, source, context)
-                reported = [f"{loss:.2f}" for loss in REPORTED.get((data, model), {}).get(context, ())] or ["-", "-"]
+            sizes = [(batch, context) for context in contexts for batch in batches(data, context, others)]
+            for batch, context in sizes:
+                result = cell(config, data, model, source, batch, context)
+                known = REPORTED.get((data, model), {}) if batch == BATCH[data] else {}
+                reported = [f"{loss:.2f}" for loss in known.get(context, ())] or ["-", "-"]
                 name = f"{Path(model).name}{' (stand-in)' if config.standins else ''}"
-                lines.append(f"| {' | '.join([data, name, str(context), *result, *reported])} |\n")
+                lines.append(f"| {' | '.join([data, name, str(batch), str(context), *result, *reported])} |\n")
                 print(lines[-1], end="", flush=True)
                 with whole_file(Path(config.out_dir, "table.md"), "w") as file:
                     file.write(HEAD + "".join(lines))
     return 0
 
 
-def cell(config: TableConfig, data: str, model: str, source: str, context: int) -> list[str]:
-    """Steps, val loss and word loss of a finished run, which is made where there is none; or what went wrong."""
-    run = Path(config.out_dir, f"{data}_{Path(model).name}_{context}")
+def batches(data: str, context: int, others: list[int]) -> list[int]:
+    """The batches, in sequences, that are run on this data at this context."""
+    return sorted({BATCH[data], *(others if context == 256 else [])})
+
+
+def cell(config: TableConfig, data: str, model: str, source: str, batch: int, context: int) -> list[str]:
+    """Steps, train, val and word loss of a finished run, which is made where there is none; or what went wrong."""
+    run = Path(config.out_dir, f"{data}_{Path(model).name}_{batch}x{context}")
     said = ""
     if not (losses := finished(run)):
-        micro = config.micro_batch or BATCH[data]
+        micro = config.micro_batch or batch
         command = [
             sys.executable, ROOT / "train_gpt2.py", ROOT / f"config/finetune_{data}.py", f"--init_from={source}",
-            f"--block_size={context}", f"--batch_size={micro}", f"--total_batch_size={BATCH[data] * context}",
+            f"--block_size={context}", f"--batch_size={micro}", f"--total_batch_size={batch * context}",
             f"--data_dir={getattr(config, f'{data}_dir')}", f"--out_dir={run}", "--keep_checkpoints=1",
             *shlex.split(config.flags), "--resume=True",
         ]  # fmt: skip
@@ -93,20 +104,23 @@ def cell(config: TableConfig, data: str, model: str, source: str, context: int) 
             "out of memory" if "error: out of memory" in process.stderr else "".join(process.stderr.splitlines()[-1:])
         )
         losses = finished(run)
-    return losses or [f"failed: {said or 'stopped'}".replace("|", "/"), "-", "-"]
+    return losses or [f"failed: {said or 'stopped'}".replace("|", "/"), "-", "-", "-"]
 
 
 def finished(run: Path) -> list[str] | None:
-    """The last evaluation of a run that is done; None of any other."""
+    """Steps, the mean train loss of all of them, val and word loss of a run that is done; None of any other."""
     path = run / "metrics.jsonl"
     records = read_metrics(path) if path.exists() else []
     if not any(record.get("event") == "done" for record in records):
         return None
     last = [record for record in records if record["kind"] == "val"][-1]
-    return [
-        str(last["step"]),
-        *("-" if last[name] is None else f"{last[name]:.4f}" for name in ("val_loss", "word_loss")),
-    ]
+    train = [record for record in records if record["kind"] == "train"]
+    before = [0, *(record["step"] for record in train[:-1])]  # a record's mean_loss is of the steps since the last
+    means = [(record["mean_loss"], record["step"] - step) for record, step in zip(train, before, strict=True)]
+    known = [(loss, steps) for loss, steps in means if loss is not None]
+    train_loss = sum(loss * steps for loss, steps in known) / sum(steps for _, steps in known) if known else None
+    losses = (train_loss, last["val_loss"], last["word_loss"])
+    return [str(last["step"]), *("-" if loss is None else f"{loss:.4f}" for loss in losses)]
 
 
 def standin(out_dir: str, model: str, seed: int) -> str:

@@ -1,0 +1,7 @@
+# TinyStories: 2.1M short stories in a small child's words, 1.9 GB, about half a billion tokens of its own vocabulary.
+#     python tokenizer.py --dataset=roneneldan/TinyStories --vocab_size=8192 --out=tinystories.json
+#     python fineweb.py config/data/tinystories.py
+dataset = "roneneldan/TinyStories"
+val_split = "validation"
+tokenizer = "tinystories.json"
+out_dir = "data/tinystories"
