@@ -693,10 +693,10 @@ def read_parts(out_dir: Path, count: int) -> list[dict]:
 def own_source(argv: list[str]) -> list[str]:
     """The command line, in which a source that is a flag replaces a config's, and what belongs to that alone."""
     named = {arg.partition("=")[0] for arg in argv}
-    if not named & {"--dataset", "--files", "--url"}:
+    if not named & {"--dataset", "--files", "--url", "--shards"}:
         return argv
-    theirs = dict(dataset=None, subset=None, split="train", files=None, exclude=None, separator=None, url=None)
-    theirs |= dict(val_split=None)
+    theirs = dict.fromkeys(["dataset", "subset", "files", "exclude", "separator", "url", "shards", "val_split"])
+    theirs |= {"split": "train"}
     return [f"--{name}={value}" for name, value in theirs.items() if f"--{name}" not in named] + argv
 
 

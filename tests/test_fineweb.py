@@ -829,6 +829,8 @@ def test_a_source_on_the_command_line_replaces_a_configs(tmp_path):
     assert asked == DataConfig(files="c", tokenizer="bytes", out_dir="data/web")
     asked, _ = configure(DataConfig, argv=own_source([str(config), "--dataset=c", "--val_split=dev"]))
     assert asked == DataConfig(dataset="c", val_split="dev", out_dir="data/web")
+    asked, _ = configure(DataConfig, argv=own_source([str(config), "--shards=c"]))
+    assert asked == DataConfig(shards="c", out_dir="data/web")
     with pytest.raises(UserError, match="files and url are both given"):
         configure(DataConfig, argv=own_source(["--files=a", "--url=b", "--out_dir=c"]))
 
