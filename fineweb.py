@@ -561,6 +561,7 @@ def convert_shards(config: DataConfig, out_dir: Path, tokenizer: str, settings: 
     check_same(out_dir, progress["settings"], settings)
     progress["command"] = shlex.join(["python", "fineweb.py", *sys.argv[1:]])
     begin_writing(out_dir, progress)
+    shutil.rmtree(downloads, ignore_errors=True)  # what a kill left of a file: the hub's client begins it again
     results = read_token_files(files, Cursor(*progress["cursor"]), config.shard_tokens, enc)
     write_shards(show_progress(results, Source([], None, None, ""), progress), out_dir, config, progress)
     write_meta(out_dir, tokenizer, enc.n_vocab, progress)

@@ -61,7 +61,7 @@ def find_on_hub(repo: str, downloads: Path) -> dict[str, TokenFile]:
 
 
 def download(repo: str, commit: str, file: Any, downloads: Path) -> Path:
-    """Download a file of a data set; what a kill left of it is kept. Raises UserError."""
+    """Download a file of a data set, with a progress bar on a terminal. Raises UserError."""
     import huggingface_hub
 
     where, again = f"--shards={repo}: {file.rfilename}", "run the same command to go on"
