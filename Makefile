@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) sample.py --model=out/quickstart --start="def main" --max_new_tokens=600
 	@echo
 	@echo "data: data/stdlib   run: out/quickstart (checkpoints, metrics.jsonl, report.md and its plots)"
-	@echo "more text: $(RUN) sample.py --model=out/quickstart --start='import os' --seed=2"
+	@echo "next: source $(VENV)/bin/activate && python sample.py out/quickstart --start='import os' --seed=2"
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

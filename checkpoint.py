@@ -127,6 +127,18 @@ def newest_whole(out_dir: str) -> Path | None:
     return None
 
 
+def best_of(newest: Path) -> Path:
+    """The checkpoint with the lowest val loss, of the run whose newest one is given. Raises UserError if no val loss is
+    known, or that checkpoint is not whole."""
+    best = load(newest).get("best")
+    if not isinstance(best, dict) or type(best.get("step")) is not int:
+        raise UserError(f"{newest} knows of no val loss; leave out --best=True")
+    path = path_of(newest.parent, best["step"])
+    if wrong := fault(path):
+        raise UserError(f"{path}, the best, {wrong}; leave out --best=True")
+    return path
+
+
 def gpt_config(state: dict, path: Path) -> GPTConfig:
     """The architecture of a checkpoint. Raises UserError if this version of the model does not know it, or the file is
     too small for it."""

@@ -7,9 +7,11 @@ checked against the dataclasses, and a mistake is one line that says what, where
 """
 
 import ast
+import contextlib
 import difflib
 import inspect
 import io
+import json
 import math
 import os
 import re
@@ -20,10 +22,20 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 PathStr = Annotated[str, "a path"]  # an option of this type may begin with ~/
+ALIASES = {  # what nanoGPT, llm.c or Hugging Face call an option, and what it is called here
+    "lr": "learning_rate", "max_lr": "learning_rate", "iters": "max_steps", "max_iters": "max_steps",
+    "warmup_iters": "warmup_steps", "bs": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "total_batch_size", "context_length": "block_size", "d_model": "n_embd",
+    "hidden_size": "n_embd", "layers": "n_layer", "heads": "n_head", "dataset": "data_dir", "data": "data_dir",
+    "eval_interval": "val_interval", "eval_iters": "val_tokens", "wandb_log": "log_to", "checkpoint": "model",
+    "prompt": "start", "max_tokens": "max_new_tokens",
+}  # fmt: skip
+CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
 
@@ -41,20 +53,25 @@ class UserError(Exception):
 class Output:
     """stdout or stderr, whose failure ends no run: what a closed pipe or a full disk refuses is lost.
 
-    Characters that the terminal's encoding lacks are replaced.
+    Characters that the terminal's encoding lacks are replaced; on a terminal control characters are written as escapes:
+    a model's text shall not steer it.
     """
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: TextIO | None, escapes: bool = False):
         self.stream, self.lost = stream, stream is None  # None: closed before Python started
+        self.table = CONTROLS if escapes and self.isatty() else {}
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        self.attempt("write", text)
+        self.attempt("write", text.translate(self.table))
         return len(text)
 
     def flush(self) -> None:
         self.attempt("flush")
+
+    def isatty(self) -> bool:
+        return not self.lost and self.stream.isatty()
 
     def attempt(self, method: str, *args: str) -> None:
         try:
@@ -65,19 +82,19 @@ class Output:
             if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # `| head` knows that it has enough
                 print(f"stdout: {error.strerror}; what is printed from here on is lost", file=sys.stderr, flush=True)
 
-    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding, ...
+    def __getattr__(self, name: str) -> Any:  # fileno, encoding, ...
         return getattr(self.stream, name)
 
 
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's `main` and exit with what it returns; a UserError becomes one line on stderr and status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts switch it off while they import
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout, escapes=True), Output(sys.stderr)  # progress bars steer stderr
     try:
         status = main() or 0
     except UserError as error:
         if error.alone or not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # one process of each machine
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}")
         else:
             time.sleep(10)  # torchrun kills all processes once one ends; local rank 0 needs time to print
         status = 2
@@ -85,12 +102,10 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
         status = 130  # as a shell calls it
     except Exception as error:
         if is_out_of_memory(error):
-            print(
-                f"error: {out_of_memory(error)}; use smaller batches, or a smaller model", file=sys.stderr, flush=True
-            )
+            tell(f"error: {out_of_memory(error)}; use smaller batches, or a smaller model")
             status = 2
         elif under_torchrun():
-            traceback.print_exc()
+            tell(traceback.format_exc())
             status = 1
         else:
             raise
@@ -99,6 +114,16 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def tell(text: str) -> None:
+    """Why this process ends: on stderr, and in torchrun's error file, which torchrun shows at its very end: its own
+    traceback pushes what is on stderr off the screen."""
+    print(text, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):  # a full disk: stderr has it already
+            Path(path).write_text(json.dumps(content))
 
 
 def under_torchrun() -> bool:
@@ -123,8 +148,9 @@ def out_of_memory(error: Exception) -> str | None:
     return "out of memory" + (f" ({wanted[1]} more were wanted{of})" if wanted else "")
 
 
-def configure(*classes: type, argv: list[str] | None = None) -> tuple:
-    """Fill dataclasses from the command line (default: sys.argv).
+def configure(*classes: type, argv: list[str] | None = None, positional: str | None = None) -> tuple:
+    """Fill dataclasses from the command line (default: sys.argv). What is neither a flag nor a config file (.py) is the
+    value of the option `positional`.
 
     ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}): the instances, then where each name
     was set, for rules that depend on what the user asked for. The classes share one flat namespace of names. `--help`
@@ -133,11 +159,17 @@ def configure(*classes: type, argv: list[str] | None = None) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         if not under_torchrun() or os.environ["RANK"] == "0":
-            print(help_text(classes))
+            print(help_text(classes, positional))
         sys.exit(0)
     annotations = {name: hint for cls in classes for name, hint in options_of(cls).items()}
-    settings = [setting for arg in argv if not arg.startswith("-") for setting in read_file(arg, annotations)]
-    settings += [read_flag(arg, annotations) for arg in argv if arg.startswith("-")]
+    flags = [read_flag(arg, annotations, after) for arg, after in pairwise([*argv, "-"]) if arg.startswith("-")]
+    settings = []
+    for arg in argv:
+        if positional and not arg.startswith("-") and not arg.endswith(".py"):
+            settings.append((positional, arg, arg))
+        elif not arg.startswith("-"):
+            settings += read_file(arg, annotations)
+    settings += flags
     values, given = {}, {}
     for name, value, where in settings:
         values[name], given[name] = check(name, value, annotations, where), where
@@ -182,14 +214,19 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
     ]
 
 
-def read_flag(flag: str, annotations: dict[str, Any]) -> tuple[str, Any, str]:
-    """'--lr=1e-3' -> ('lr', 0.001, '--lr')"""
+def read_flag(flag: str, annotations: dict[str, Any], after: str = "-") -> tuple[str, Any, str]:
+    """'--lr=1e-3' -> ('lr', 0.001, '--lr'). `after` is the next argument, to mend '--lr 1e-3'."""
     name, equals, text = flag.removeprefix("--").partition("=")
-    if not flag.startswith("--") or not name.isidentifier():
-        raise UserError(f"{flag}: options look like --name=value{nearest(name.replace('-', '_'), annotations)}")
-    if name in annotations and not equals:
-        raise UserError(f"--{name} needs a value: --{name}={'True' if annotations[name] is bool else 'VALUE'}")
-    return name, parse(text, annotations.get(name)), f"--{name}"
+    if name == "config" and name not in annotations:
+        raise UserError(f"{flag}: a config file is named without a flag{': ' * bool(text)}{text}")
+    if flag.startswith("--") and name.isidentifier() and equals:
+        return name, parse(text, annotations.get(name)), f"--{name}"
+    if not equals and not after.startswith("-") and not after.endswith(".py"):
+        flag, text = f"{flag} {after}", after
+    name = name.replace("-", "_")
+    name = name if name in annotations else similar(name, annotations)
+    text = text or ("True" if annotations.get(name) is bool else "VALUE")
+    raise UserError(f"{flag}: options look like --name=value{f': --{name}={text}' if name else ''}")
 
 
 def parse(text: str, hint: Any) -> Any:
@@ -253,16 +290,23 @@ def at_least(instance: Any, least: float, *names: str) -> None:
             raise ValueError(f"{name} = {value}, but it must be at least {least}")
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?' for the closest of the known words, or ''."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def similar(word: str, known: Collection[str]) -> str | None:
+    """The closest of the known words, if one is close, or means the same."""
+    alias = ALIASES.get(word.lower())
+    return alias if alias in known else next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
-def help_text(classes: typing.Iterable[type]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
+    """'; did you mean X?' for it, or ''."""
+    match = similar(word, known)
+    return f"; did you mean {match}?" if match else ""
+
+
+def help_text(classes: typing.Iterable[type], positional: str | None = None) -> str:
     """Every option with its default, its choices and the comment behind it in the dataclass's source."""
     first = (sys.modules["__main__"].__doc__ or "").strip()
-    lines = [first, "", f"usage: python {os.path.basename(sys.argv[0])} [config/file.py ...] [--name=value ...]"]
+    script = os.path.basename(sys.argv[0]) + (f" [{positional.upper()}]" if positional else "")
+    lines = [first, "", f"usage: python {script} [config/file.py ...] [--name=value ...]"]
     for cls in classes:
         comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         lines += ["", f"{cls.__name__}:"]

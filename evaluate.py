@@ -1,6 +1,7 @@
 """Loss, perplexity, word-level loss and bits per byte of a model on prepared data.
 
-    python evaluate.py --model=out/mine --data_dir=data/wikitext2_test --stride=512
+    python evaluate.py out/mine                          # on the data that it was trained on
+    python evaluate.py gpt2 --data_dir=data/wikitext2_test --stride=512
     torchrun --nproc_per_node=8 evaluate.py --data_dir=data/fineweb_edu10B --tokens=10485760
 
 A split is one stream of tokens, and each but the first is predicted once, in windows of seq_len, the last one ragged.
@@ -25,7 +26,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, data_tokenizer, open_shard, read_meta
 from distributed import World, autocast, pick_dtype
@@ -44,7 +47,8 @@ from weights import load_model
 @dataclass(frozen=True)
 class EvaluateConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    data_dir: PathStr = "data/fineweb_edu10B"  # token shards, made by fineweb.py with the model's tokenizer
+    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
+    data_dir: PathStr | None = None  # token shards, made with the model's tokenizer; None: those a run was trained on
     split: Literal["val", "train"] = "val"
     tokens: int | None = None  # predict only the first ones, this many; None: all
     seq_len: int | None = None  # tokens in a window; None: the model's block_size
@@ -58,10 +62,11 @@ class EvaluateConfig:
 
 
 def main() -> int:
-    config, _ = configure(EvaluateConfig)
+    config, _ = configure(EvaluateConfig, positional="model")
     world = World(config.device)
-    model, tokenizer, path = load_model(config.model, world.device)
+    model, tokenizer, path = load_model(config.model, world.device, config.best)
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    config = replace(config, data_dir=config.data_dir or own_data(path))
     meta = read_meta(config.data_dir)
     its_tokenizer = data_tokenizer(config.data_dir, meta, vocab_size)
     check_same_tokenizer(tokenizer, its_tokenizer, path, config.data_dir)
@@ -95,6 +100,15 @@ def main() -> int:
     if world.is_main:
         print(json.dumps({name: None if value != value else value for name, value in result.items()}))  # no NaN in JSON
     return 0
+
+
+def own_data(path: Path) -> str:
+    """The data_dir of the run that a checkpoint is of. Raises UserError if it is of none."""
+    config = checkpoint.load(path).get("config") if path.is_file() else None
+    data_dir = config.get("data_dir") if isinstance(config, dict) else None
+    if not isinstance(data_dir, str):
+        raise UserError(f"{path} does not say on which data it was trained; use --data_dir=DIR")
+    return data_dir
 
 
 def exp(loss: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
     python fineweb.py                                     # FineWeb-Edu, 10B tokens, to data/fineweb_edu10B
     python fineweb.py config/data/shakespeare.py
-    python fineweb.py --files='notes/**/*.txt' --val_fraction=0.1 --out_dir=data/notes
+    python fineweb.py --files='notes/**/*.txt' --out_dir=data/notes     # a tenth of it for validation
     python fineweb.py --shards=kjj0/fineweb10B-gpt2 --out_dir=data/fineweb10B          # tokens that others have made
 
 parts (a file each, sources.py) -> pieces of documents -> batches, encoded on all cores (tokenizer.py) -> shards.
@@ -61,6 +61,7 @@ from wikitext import add_spaces, detokenize
 PIECE = 250_000  # characters of a long document encoded at a time; tiktoken's regex fails on 1,000,000 spaces
 WIKITEXT_PIECE = 16_000_000  # detokenized at a time: in published numbers a whole file is, and this holds val and test
 BATCH = 4_000_000  # bytes encoded at a time
+CONFIGS = Path(__file__).parent / "config"
 COUNTS = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # in meta.json
 
 
@@ -87,7 +88,7 @@ class DataConfig:
     val_split: str | None = None  # validation: the data set's own split of this name,
     val_fraction: float | None = None  # or this fraction of the documents, at the end; of a single one its characters
     val_seed: int | None = None  # with it, val_fraction takes documents by chance, whole ones, instead of the last
-    val_shards: int | None = None  # or this many shards, at the beginning; 1 if none of the three is given
+    val_shards: int | None = None  # or this many shards, at the beginning; none of the three: 1, of files or url 0.1
 
     def __post_init__(self) -> None:
         sources = [name for name in ("dataset", "files", "url", "shards") if getattr(self, name)]
@@ -129,7 +130,9 @@ class DataConfig:
             object.__setattr__(self, "dataset", "HuggingFaceFW/fineweb-edu")
             object.__setattr__(self, "subset", self.subset or "sample-10BT")
             object.__setattr__(self, "out_dir", self.out_dir or "data/fineweb_edu10B")
-        if not rules and not self.shards:
+        if not rules and (self.files or self.url):  # often less than a shard
+            object.__setattr__(self, "val_fraction", 0.1)
+        elif not rules and not self.shards:
             object.__setattr__(self, "val_shards", 1)
 
     @property
@@ -493,7 +496,15 @@ def prepare(config: DataConfig) -> None:
             print(f"next, once all {config.share[1]} parts are there: {join_command(out_dir)}")
             return
     print(f"{out_dir}{' is complete' * done}: {spell_tokens(progress)}")
-    print(f"next: python train_gpt2.py --data_dir={out_dir}")
+    print(f"next: {train_command(out_dir)}")
+
+
+def train_command(data_dir: Path) -> str:
+    """What trains on it: the configs made for it, else a small model in a folder of its own."""
+    line = re.compile(rf"^data_dir = {re.escape(json.dumps(str(data_dir)))}", re.MULTILINE)
+    made = [f"config/{path.name}" for path in sorted(CONFIGS.glob("*.py")) if line.search(path.read_text())]
+    own = shlex.join(["config/small.py", f"--data_dir={data_dir}", f"--out_dir=out/{data_dir.resolve().name}"])
+    return f"python train_gpt2.py {'  # or '.join(made) or own}"
 
 
 def spell_tokens(progress: dict) -> str:
@@ -631,7 +642,7 @@ def join_parts(out_dir: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something of the user's
                 folder.rmdir()
-    print(f"{out_dir}: {spell_tokens(meta)} in one\nnext: python train_gpt2.py --data_dir={out_dir}")
+    print(f"{out_dir}: {spell_tokens(meta)} in one\nnext: {train_command(out_dir)}")
 
 
 def move_parts(out_dir: Path, found: list[Path]) -> dict:
@@ -680,8 +691,18 @@ def read_parts(out_dir: Path, count: int) -> list[dict]:
     return states
 
 
+def own_source(argv: list[str]) -> list[str]:
+    """The command line, in which a source that is a flag replaces a config's, and what belongs to that alone."""
+    named = {arg.partition("=")[0] for arg in argv}
+    if not named & {"--dataset", "--files", "--url", "--shards"}:
+        return argv
+    theirs = dict.fromkeys(["dataset", "subset", "files", "exclude", "separator", "url", "shards", "val_split"])
+    theirs |= {"split": "train"}
+    return [f"--{name}={value}" for name, value in theirs.items() if f"--{name}" not in named] + argv
+
+
 def main() -> int | None:
-    config, _ = configure(DataConfig)
+    config, _ = configure(DataConfig, argv=own_source(sys.argv[1:]))
     try:
         if config.join_parts:
             join_parts(Path(config.out_dir))

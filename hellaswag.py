@@ -45,6 +45,7 @@ VAL_FILE = "data/hellaswag/hellaswag_val.jsonl"
 @dataclass(frozen=True)
 class HellaSwagConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
     data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
     limit: int | None = None  # score only the first examples, this many
     batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
@@ -63,9 +64,9 @@ class Example(NamedTuple):
 
 
 def main() -> int:
-    config, _ = configure(HellaSwagConfig)
+    config, _ = configure(HellaSwagConfig, positional="model")
     world = World(config.device)
-    model, tokenizer, path = load_model(config.model, world.device)
+    model, tokenizer, path = load_model(config.model, world.device, config.best)
     enc, block_size = encoding_of(model, tokenizer, path), model.config.block_size
     examples = world.on_main(lambda: load(config.data, enc, block_size, config.limit))
     if config.compile:

@@ -40,17 +40,18 @@ from weights import (
 @dataclass(frozen=True)
 class ExportConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
     out_dir: PathStr | None = None  # the folder to write; must not exist yet, or be empty
 
 
 def main() -> int:
-    config, _ = configure(ExportConfig)
+    config, _ = configure(ExportConfig, positional="model")
     if config.out_dir is None:
         raise UserError("say where to write: --out_dir=FOLDER")
     out_dir = Path(config.out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise UserError(f"out_dir {out_dir} exists and is not an empty folder; name another")
-    model, tokenizer, path = load_model(config.model, torch.device("cpu"))
+    model, tokenizer, path = load_model(config.model, torch.device("cpu"), config.best)
     save_folder(model, tokenizer, out_dir, path)
     print(f"{path} -> {out_dir}: {model.num_params():,} parameters")
     if tokenizer is None:

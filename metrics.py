@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from configurator import UserError
@@ -39,9 +39,9 @@ class Metrics:
         self.begun = self.path.exists()
         return self.begun
 
-    def begin(self, resumed_at: int | None, log_to: str | None = None) -> None:
-        """Start an empty file, or keep the records up to the step that is resumed, without its evaluations: they are
-        made again. `log_to` (tensorboard, wandb) gets the same records.
+    def begin(self, resumed_at: int | None, log_to: str | None = None, again: Collection[str] = ()) -> None:
+        """Start an empty file, or keep the records up to the step that is resumed, but of that step itself none of the
+        kinds in `again`: they are made again. `log_to` (tensorboard, wandb) gets the same records.
 
         Raises UserError if another run has just begun there, out_dir cannot be written, or log_to is not installed, and
         then leaves the old file untouched.
@@ -57,8 +57,7 @@ class Metrics:
                 raise UserError(f"{out_dir}: another run has just begun there; choose another --out_dir")
             remove_partial(out_dir, "metrics.jsonl")
             for record in read_metrics(self.path) if resumed_at is not None else []:
-                evaluation = record["kind"] in ("val", "hellaswag", "sample")
-                if record.get("step", 0) < resumed_at + (not evaluation):
+                if record.get("step", 0) < resumed_at + (record["kind"] not in again):
                     kept.append(record)
             with whole_file(self.path) as file:  # the old file stays until the new one is on disk
                 file.writelines(to_line(record) for record in kept)
@@ -111,6 +110,15 @@ class Metrics:
         """One line or more for the terminal."""
         if self.is_main:
             print(text, flush=True)
+
+    def say_parts(self, parts: dict[str, str], spare: Sequence[str]) -> None:
+        """One line of parts. On a terminal it leaves out as many of the spare ones, the first first, as do not fit."""
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+        for name in ("", *spare):
+            parts = {key: part for key, part in parts.items() if part and key != name}
+            if len(" | ".join(parts.values())) <= width:
+                break
+        self.say(" | ".join(parts.values()))
 
     def close(self) -> None:
         if self.file:

@@ -132,8 +132,10 @@ class GPT(nn.Module):
         if self.config.pos == "learned":
             x = x + self.wpe(positions)
             rotation = None
-        else:
+        elif self.config.pos == "rope":
             rotation = rope_rotation(positions.unsqueeze(-1), self.config)  # of (T, 1) or (B, T, 1): heads share it
+        else:
+            raise NotImplementedError(f"pos = {self.config.pos!r}")
         if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
             x = x.bfloat16()  # and with it the whole residual stream: on GPUs half of its traffic is saved
         x = self.drop(x)
@@ -262,8 +264,10 @@ class MLP(nn.Module):
             x = F.silu(self.c_gate(x)) * self.c_fc(x)
         elif self.kind == "relu2":
             x = F.relu(self.c_fc(x)).square()
-        else:
+        elif self.kind == "gelu":
             x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2's own form
+        else:
+            raise NotImplementedError(f"mlp = {self.kind!r}")
         return self.drop(self.c_proj(x))
 
 
@@ -275,7 +279,9 @@ def without_cudnn() -> contextlib.AbstractContextManager:
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    raise NotImplementedError(f"norm = {config.norm!r}")
 
 
 def one_product(projections: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:

@@ -30,7 +30,9 @@ def learning_rate(
     progress = min(1.0, max(0, step - 1 - start) / max(1, max_steps - start))
     if schedule == "cosine":
         return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak + (low - peak) * progress
+    if schedule in ("linear", "wsd"):
+        return peak + (low - peak) * progress
+    raise NotImplementedError(f"schedule = {schedule!r}")
 
 
 def alone(function: Function, batch: Tensor, rows: int) -> Tensor:
@@ -60,8 +62,10 @@ def make_optimizers(
         # matrix's update would lose its scale. An update is clipped to an RMS of 1 (Shazeer & Stern 2018, 1804.04235).
         return [Adafactor(groups, lr=lr, eps=(1e-15, 1.0))]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
-    if hidden:
+    if optimizer == "muon" and hidden:
         optimizers.append(Muon(hidden, lr, weight_decay, spread))
+    elif optimizer not in ("adamw", "muon"):
+        raise NotImplementedError(f"optimizer = {optimizer!r}")
     return optimizers
 
 

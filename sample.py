@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SampleConfig:
     model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
     start: str = ""  # text to continue, or FILE:path; empty: the start of a document; not given: asks on a terminal
     num_samples: int = 1  # made together as one batch; the first is streamed
     max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
@@ -56,9 +57,9 @@ class SampleConfig:
 
 
 def main() -> int:
-    config, given = configure(SampleConfig)
+    config, given = configure(SampleConfig, positional="model")
     device = pick_device(config.device)
-    model, tokenizer, path = load_model(config.model, device)
+    model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
     model = model.to(pick_dtype(config.dtype, device)).eval()
     speed_up(model)

@@ -239,7 +239,9 @@ def check_options(config: Any, gpt_config: GPTConfig, meta: dict, tokenizer: str
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
-        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
+        below = config.total_batch_size // one_round * one_round
+        near = " or ".join(f"--total_batch_size={size}" for size in (below, below + one_round) if size)
+        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}; use {near}")
     for name in ("sample_interval", "hellaswag_interval"):
         if getattr(config, name) and not tokenizer:
             raise UserError(f"{config.data_dir}: its tokenizer is not known, which {name} needs; use --{name}=0")
@@ -261,8 +263,9 @@ def make_plan(config: Any, num_windows: int, world: World) -> Plan:
         ends.append(math.floor(epochs * num_windows / rows))
     if min(ends) < 1:
         raise UserError(f"{config.data_dir}: {epochs} epochs of {num_windows} windows are less than one step of {rows}")
-    fraction = config.warmup_fraction
-    warmup_steps = config.warmup_steps if fraction is None else round(fraction * min(ends))
+    warmup_steps = min(715, round(0.05 * min(ends))) if config.warmup_steps is None else config.warmup_steps
+    if config.warmup_fraction is not None:
+        warmup_steps = round(config.warmup_fraction * min(ends))
     max_seconds = 3600 * config.max_hours if config.max_hours else math.inf
     return Plan(rows, rows // (config.batch_size * world.size), warmup_steps, min(ends), max_seconds)
 

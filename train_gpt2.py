@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
@@ -68,7 +69,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW takes the rest
     learning_rate: float = 6e-4  # the highest
     min_lr: float = 6e-5  # the last
-    warmup_steps: int = 715  # steps from 0 to learning_rate
+    warmup_steps: int | None = None  # steps from 0 to learning_rate; None: a twentieth of all, at most 715
     warmup_fraction: float | None = None  # in place of warmup_steps: this part of all steps
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
     decay_fraction: float = 0.2  # wsd: the part of all steps in which the rate falls
@@ -209,7 +210,11 @@ def main() -> int:
         start.train_data, start.config.seed, start.plan.rows, start.config.batch_size,
         world.rank, world.size, world.device, state.step + 1,
     )  # fmt: skip
-    world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to))
+    again = {"sample"}  # of this step's records; a measurement that is not made again is kept
+    again |= {
+        kind for kind in ("val", "hellaswag") if due(state, getattr(start.config, f"{kind}_interval"), start.plan)
+    }
+    world.on_main(lambda: log.begin(state.step if start.path else None, start.config.log_to, again))
     announce(run, state, no_hellaswag)
     gc.enable()
     with advice_on_memory(start.config, begun=True):
@@ -222,6 +227,9 @@ def main() -> int:
     if status == 0 and state.stopped:
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
     elif status == 0:
+        if state.best["step"] not in (None, state.step):
+            lowest = f"{state.best['val_loss']:.4f} at step {state.best['step']}"
+            log.say(f"lowest val loss of its checkpoints: {lowest}; --best=True takes that one, in place of the last")
         log.say(f"done: {start.config.out_dir} holds the checkpoint and metrics.jsonl; next:")
         log.say(f"  python sample.py --model={start.config.out_dir}\n  python report.py {start.config.out_dir}")
     return status
@@ -330,7 +338,7 @@ def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
         steps = (config.patience or math.inf) * config.val_interval  # not a count: a resumed run evaluates again
         state.plateau = state.step - state.lowest["step"] >= steps
         bpb = bits_per_byte(val_loss, meta)
-        per_word = word_loss(val_loss, meta) if config.val_tokens // config.seq_len >= len(val_data) else None
+        per_word = word_loss(val_loss, meta) if val_windows(run.start) == len(val_data) else None
         log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
         log.say(
             f"{here} | val loss {val_loss:.4f}"
@@ -370,9 +378,12 @@ def evaluate(run: Run) -> float | None:
     config, world = run.start.config, run.world
     run.model.eval()
     losses, counts, stopped = [], [], False
-    for x, y in val_batches(
+    batches = val_batches(
         run.start.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device
-    ):
+    )
+    rounds = math.ceil(val_windows(run.start) / (config.batch_size * world.size))
+    off = None if world.is_main else True  # None: where stderr is no terminal
+    for x, y in tqdm(batches, "evaluating", rounds, unit="batch", delay=3, leave=False, disable=off):
         if stopped := world.any(run.stop):
             break
         counts.append(y.numel())
@@ -384,6 +395,11 @@ def evaluate(run: Run) -> float | None:
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
     total, tokens = world.sum([total, sum(counts)])
     return None if stopped else total / tokens
+
+
+def val_windows(start: Start) -> int:
+    """How many windows an evaluation takes, on all ranks together."""
+    return min(start.config.val_tokens // start.config.seq_len, len(start.val_data))
 
 
 def sample(run: Run) -> tuple[list[str], str | None]:
@@ -400,7 +416,8 @@ def sample(run: Run) -> tuple[list[str], str | None]:
         temperature=config.sample_temperature, top_k=config.sample_top_k,
     )  # fmt: skip
     try:
-        with run.world.unsharded(), run.autocast:
+        # Gathered weights are in the products' dtype, which only autocast mixes with others.
+        with run.world.unsharded(), run.autocast if run.world.sharded else contextlib.nullcontext():
             for pieces in new:
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 if run.world.any(run.stop):
@@ -474,6 +491,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     dtype = pick_dtype(config.dtype, world.device)
     if config.parallel == "fsdp":
         world.shard(model, model.h, dtype)
+    elif config.parallel != "ddp":
+        raise NotImplementedError(f"parallel = {config.parallel!r}")
     model.to(world.device)
     in_dtype = autocast(dtype, world.device)
     optimizers = make_optimizers(
@@ -513,7 +532,8 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         data = {name: value for name, value in start.meta.items() if name != "shards"}
         log.write("run", **configs, parameters=parameters, max_steps=plan.max_steps, data=data, **about)
     epochs = plan.max_steps * plan.rows / num_windows
-    log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
+    faster = " (--dtype=bfloat16 is faster here)" if config.dtype == "auto" and world.on_bfloat16_cpu() else ""
+    log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}{faster}")
     log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
     parts = f"{plan.micro_batches} micro-batches x {world.size} processes x {config.batch_size}"
     log.say(f"step: {plan.rows:,} windows = {parts}")
@@ -523,6 +543,8 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         log.say(no_hellaswag)
     for name, (before, after) in start.changed.items():
         log.say(f"changed: {name} = {after}, was {before}")
+    if due(state, config.val_interval, plan):
+        log.say(f"first an evaluation, on {val_windows(start):,} windows")
 
 
 def progress(run: Run, state: State) -> dict:
@@ -553,12 +575,13 @@ def log_step(run: Run, state: State, result: Result, dt: float) -> None:
         "train", step=step, loss=result.loss, lr=result.lr, grad_norm=result.norm, tokens_per_sec=tokens_per_sec, dt=dt,
         mfu=mfu, seconds=result.seconds, **about,
     )  # fmt: skip
-    run.log.say(
-        f"step {step:>5}/{plan.max_steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | norm {result.norm:.4f} | "
-        f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s | {f'mfu {mfu:.1%} | ' if mfu else ''}"
-        f"{f'{memory:.1f} GB | ' if memory else ''}"
-        f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}"
-    )
+    parts = dict(
+        step=f"step {step:>5}/{plan.max_steps}", loss=f"loss {result.loss:.4f}", lr=f"lr {result.lr:.2e}",
+        norm=f"norm {result.norm:.4f}", ms=f"{dt * 1e3:.1f} ms", speed=f"{tokens_per_sec:,.0f} tok/s",
+        mfu=f"mfu {mfu:.1%}" if mfu else "", memory=f"{memory:.1f} GB" if memory else "",
+        eta=f"eta {clock(min(dt * (plan.max_steps - step), plan.max_seconds - result.seconds))}",
+    )  # fmt: skip
+    run.log.say_parts(parts, spare=("memory", "ms", "mfu", "lr"))
 
 
 def conclude(config: TrainConfig, log: Metrics) -> None:

@@ -49,11 +49,11 @@ MODULES = dict(
 )  # fmt: skip
 
 
-def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None, Path]:
+def load_model(name: str | None, device: torch.device, best: bool = False) -> tuple[GPT, str | None, Path]:
     """The model, its tokenizer (see tokenizer.get_tokenizer; None: unknown) and where they came from.
 
-    name is a checkpoint, a run's folder (its newest whole checkpoint), a Hugging Face folder, one of GPT2_NAMES
-    (downloaded once), or None (the newest run under out/). Raises UserError.
+    name is a checkpoint, a run's folder (its newest whole checkpoint, or its best), a Hugging Face folder, one of
+    GPT2_NAMES (downloaded once), or None (the newest run under out/). Raises UserError.
     """
     if name is None:
         runs = [path for path in Path("out").glob("**/ckpt_*.pt") if checkpoint.step_of(path) is not None]
@@ -62,6 +62,8 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
         name = str(max(runs, key=os.path.getmtime).parent)
     path = Path(name)
     is_run, is_folder = bool(checkpoint.find(name)), os.path.isfile(path / "config.json")
+    if best and not is_run:
+        raise UserError(f"--best=True is for a run's folder, which {name} is not")
     if is_folder and not is_run:
         return load_folder(path).to(device), read_tokenizer(path), path
     if name in GPT2_NAMES and not is_run:  # a path of that name comes first only if it holds a model
@@ -75,7 +77,7 @@ def load_model(name: str | None, device: torch.device) -> tuple[GPT, str | None,
         found = checkpoint.newest_whole(name)
         if found is None:
             raise UserError(f"{name}: no checkpoint (ckpt_*.pt) and no config.json in this folder")
-        path = found
+        path = checkpoint.best_of(found) if best else found
     elif not os.path.exists(path):
         raise UserError(f"model {name}: no such checkpoint or folder{nearest(name, GPT2_NAMES)}")
     elif wrong := checkpoint.fault(path):

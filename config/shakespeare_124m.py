@@ -20,7 +20,7 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
 
-compile = False  # on a GPU of NVIDIA's --compile=True is faster; this run was made on a Mac's
+compile = False  # on a GPU of NVIDIA's --compile=True is faster; the report's run was on a Mac's
 log_interval = 100
 val_interval = 100
 sample_interval = 500

@@ -4,7 +4,7 @@
 # about 20 seconds and the compilation.
 #     python fineweb.py config/data/shakespeare_char.py
 #     python train_gpt2.py config/shakespeare_gpu.py
-# The val loss may rise before the end; the checkpoint of the lowest is kept: sample.py --model=out/.../ckpt_<step>.pt.
+# The val loss may rise before the end; sample.py out/shakespeare_gpu --best=True takes the checkpoint of the lowest.
 out_dir = "out/shakespeare_gpu"
 data_dir = "data/shakespeare_char"
 

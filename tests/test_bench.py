@@ -58,24 +58,32 @@ def test_what_it_reports(data_dir):
     ],
 )
 def test_a_part_that_is_slower_shows_in_its_line(data_dir, monkeypatch, part, owner, name, calls):
-    slow = getattr(owner, name, next)
+    slow, now = getattr(owner, name, next), [0.0]
 
     def slower(*args, **kwargs):
-        time.sleep(0.2 / calls)
+        now[0] += 0.2 / calls
         return slow(*args, **kwargs)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])  # nothing else takes time
     monkeypatch.setattr(owner, name, slower, raising=False)
     parts = result_of(call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=2", "--warmup=1"))["parts"]
-    assert parts.pop(part) >= 200
-    assert max(parts.values()) < 100
+    assert parts.pop(part) == pytest.approx(200)
+    assert max(parts.values()) == 0
 
 
 def test_a_slow_start_is_no_part_of_a_step(data_dir, monkeypatch):
-    slow = bench.build
-    monkeypatch.setattr(bench, "build", lambda *args, **kwargs: time.sleep(0.5) or slow(*args, **kwargs))
+    slow, step, now = bench.build, bench.train_step, [0.0]
+
+    def passes(seconds, function):
+        now[0] += seconds
+        return function
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench, "build", lambda *args, **kwargs: passes(50.0, slow)(*args, **kwargs))
+    monkeypatch.setattr(bench, "train_step", lambda *args: passes(0.1, step)(*args))
     result = result_of(call("bench.py", f"--data_dir={data_dir}", *FLAGS, "--steps=2", "--warmup=0"))
-    assert result["setup_seconds"] > 0.4
-    assert sum(result["parts"].values()) < 400
+    assert result["setup_seconds"] == pytest.approx(50)
+    assert sum(result["parts"].values()) <= 100.1
 
 
 def test_random_tokens_where_there_is_no_data(tmp_path, monkeypatch):
@@ -140,7 +148,7 @@ def test_compare_measures_the_code_of_a_commit(data_dir, tmp_path, monkeypatch):
     done = call("bench.py", *flags, "--against=--n_layer=1")
     result = result_of(done)
     [a], [b] = result["a"], result["b"]
-    assert b["ms"] > 200 > a["ms"]
+    assert b["ms"] > max(200, a["ms"])
     assert result["ratios"] == [result["ratio"]] == [b["ms"] / a["ms"]]
     assert (a["gpt_config"]["n_layer"], b["gpt_config"]["n_layer"]) == (2, 1)
     assert subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout == (
@@ -227,9 +235,8 @@ def test_memory_needs_neither_data_nor_a_card(tmp_path):
     assert both["memory"]["total"] < plain["memory"]["total"]
     assert plain["fits"] == both["fits"]
     (batch_size, gb), (larger, _) = plain["fits"]["24"]["plain"], plain["fits"]["24"]["both"]
-    assert (
-        gb <= 0.9 * 24 < result_of(call("bench.py", *flags, f"--batch_size={batch_size + 1}"))["memory"]["total"] / 1e9
-    )
+    more = result_of(call("bench.py", *flags, f"--batch_size={batch_size + 1}"))["memory"]["total"] / 1e9
+    assert gb <= bench.CARD_SHARE * 24 < more
     assert larger > batch_size
     assert not (tmp_path / "run").exists()
     done = call("bench.py", "--memory=True", "--init_from=gpt2")

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -7,8 +8,12 @@ from typing import Literal
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from configurator import TORCHRUN, PathStr, UserError, at_least, cli, configure
+from configurator import ALIASES, TORCHRUN, Output, PathStr, UserError, at_least, cli, configure, help_text, options_of
+from model import GPTConfig
+from sample import SampleConfig
+from train_gpt2 import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Train:
     steps: int | None = None  # how many
     out: str = "out"  # where
     resume: bool = False  # whether
+
+
+@pytest.fixture(autouse=True)
+def aliases(monkeypatch):
+    monkeypatch.setitem(ALIASES, "max_iters", "steps")
 
 
 def load(*argv):
@@ -63,6 +73,22 @@ def test_values(flag, name, value):
     assert have == value
     assert type(have) is type(value)
     assert given == {name: f"--{name}"}
+
+
+def test_every_alias_leads_to_an_option():
+    options = {name for cls in (TrainConfig, GPTConfig, SampleConfig) for name in options_of(cls)}
+    assert {"steps", *options} >= set(ALIASES.values())
+    assert not options & ALIASES.keys()
+
+
+def test_a_positional_argument():
+    assert configure(Train, argv=["2024", "--lr=1"], positional="out") == (
+        Train(1.0, out="2024"),
+        {"out": "2024", "lr": "--lr"},
+    )
+    assert " [OUT] [config/file.py ...] [--name=value ...]\n" in help_text((Train,), "out")
+    with pytest.raises(UserError, match=r"missing.py: No such file"):
+        configure(Train, argv=["missing.py"], positional="out")
 
 
 def test_files_in_order_then_flags(tmp_path):
@@ -109,7 +135,12 @@ def test_the_last_of_a_repeated_flag_wins():
         (["--kind=fency"], ["--kind", "'plain' or 'fancy'", "did you mean fancy?"]),
         (["--resume"], ["--resume=True"]),
         (["--steps"], ["--steps=VALUE"]),
-        (["-steps=3"], ["--name=value"]),
+        (["-steps=3"], ["--name=value: --steps=3"]),
+        (["--steps", "6"], ["--steps 6: options look like --name=value: --steps=6"]),
+        (["--step-s", "6", "config/missing.py"], ["--step-s 6", "--steps=6"]),
+        (["--resume", "config/missing.py"], ["--resume: ", "--resume=True"]),
+        (["--max_iters=6"], ["unknown option 'max_iters'", "did you mean steps?"]),
+        (["--config=a.py"], ["--config=a.py: a config file is named without a flag: a.py"]),
         (["steps=3"], ["--name=value"]),
         (["--width=3"], ["--width", "is odd"]),
         (["config/missing.py"], ["config/missing.py", "No such file"]),
@@ -181,6 +212,22 @@ def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, c
         assert len(waits) == waited
 
 
+def test_torchrun_finds_the_line_in_its_error_file(monkeypatch, tmp_path, capsys):
+    """torchrun reads the file as its own writer would have left it, and its report ends with the line."""
+
+    def wrong():
+        raise UserError("--lr=x: wrong")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit, match="2"):
+        cli(wrong)
+    failure = ProcessFailure(0, 123, 2, str(tmp_path / "error.json"))
+    *_, last, border = ChildFailedError("train_gpt2.py", {0: failure}).format_msg().splitlines()
+    assert last.endswith(": error: --lr=x: wrong")
+    assert set(border) == {"="}
+    assert capsys.readouterr().err == "error: --lr=x: wrong\n"
+
+
 @dataclass(frozen=True)
 class Paths:
     folder: PathStr = "x"
@@ -223,6 +270,21 @@ def test_characters_that_a_terminal_does_not_have_are_replaced(tmp_path):
     code = "import sys\nfrom configurator import cli\ncli(lambda: print('é', file=sys.stdout))"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "?\n", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_control_characters_do_not_reach_a_terminal():
+    for stream, escapes, seen in (
+        (Terminal(), True, "a\n\tb\\x1b[2J\\x0d\\x9bé"),
+        (Terminal(), False, "a\n\tb\x1b[2J\r\x9bé"),
+        (io.StringIO(), True, "a\n\tb\x1b[2J\r\x9bé"),  # a file or a pipe gets the text as it is
+    ):
+        Output(stream, escapes).write("a\n\tb\x1b[2J\r\x9bé")
+        assert stream.getvalue() == seen
 
 
 @pytest.mark.parametrize(

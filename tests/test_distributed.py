@@ -205,6 +205,16 @@ def test_a_signal_is_a_request_to_stop(handlers, name):
     assert stop.reason == name
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_ctrl_c_says_what_it_does(handlers, capfd, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason == "SIGINT"
+    said = "\nstopping after this step; Ctrl-C again stops now\n"
+    assert capfd.readouterr().err == (said if rank == "0" else "")
+
+
 def test_nohup_keeps_its_meaning(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()

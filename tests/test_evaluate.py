@@ -171,6 +171,11 @@ def test_mistakes(args, message, folder, data):
     refused(message, f"--model={folder}", f"--data_dir={data}", *args)
 
 
+def test_weights_that_do_not_say_on_which_data(folder):
+    save(folder)
+    refused("use --data_dir=DIR", folder)
+
+
 def refused(message, *args):
     done = call("evaluate.py", "--device=cpu", *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -24,12 +24,14 @@ from conftest import call
 
 import fineweb
 import sources
-from configurator import UserError
+from configurator import UserError, configure
 from dataloader import read_meta
 from files import lock_folder
-from fineweb import NEVER, Cursor, DataConfig
+from fineweb import CONFIGS, NEVER, Cursor, DataConfig, own_source, train_command
+from model import GPTConfig
 from shards import find_parts
 from tokenizer import byte_alphabet, get_tokenizer
+from train_gpt2 import TrainConfig
 
 SCRIPT = str(Path(fineweb.__file__))
 ENC = get_tokenizer("gpt2")
@@ -175,7 +177,7 @@ def test_every_kind_of_source(tmp_path, small, kind):
     texts = documents()
     source = tmp_path / "source"
     source.mkdir()
-    options = {"files": f"{source}/**/*"}
+    options = {"files": f"{source}/**/*", "val_shards": 1}
     if kind == "txt":
         for i, text in enumerate(texts):
             (source / f"{i:03}.txt").write_bytes(text.encode())
@@ -782,7 +784,7 @@ def source(tmp_path):
         ({"files": "{}/source/*", "tokenizer": "~nobody-here/x.json"}, "nobody-here"),
         ({"files": "{}/source/*", "text_column": "txt"}, "did you mean text"),
         ({"files": "{}/source/*", "text_column": "id"}, "int64"),
-        ({"files": "{}/source/*"}, "no text is left for train"),
+        ({"files": "{}/source/*", "val_shards": 1}, "no text is left for train"),
         ({"files": "{}/source/*", "tokenizer": "gtp2"}, "did you mean gpt2"),
         ({"url": "http://127.0.0.1:9/nothere", "tokenizer": "gtp2"}, "did you mean gpt2"),
         ({"files": "{}/source/*", "tokenizer": "BIG"}, "65,793 ids"),
@@ -797,12 +799,55 @@ def source(tmp_path):
     ],
 )
 def test_mistakes(source, options, message, big_tokenizer):
-    options = {name: value.format(source).replace("BIG", str(big_tokenizer)) for name, value in options.items()}
+    for name, value in options.items():
+        if isinstance(value, str):
+            options = options | {name: value.format(source).replace("BIG", str(big_tokenizer))}
     out_dir = Path(options.pop("out_dir", source / "out"))
     with pytest.raises(UserError, match=message) as error:
         prepare(out_dir, **options)
     assert "\n" not in str(error.value)
     assert out_dir.name == "foreign" or out_dir.exists() == ("no text is left" in message)
+
+
+def test_a_tenth_of_files_is_validation_unless_it_is_said(tmp_path, small):
+    rules = ("val_split", "val_fraction", "val_shards")
+    for options, want in (
+        ({"files": "a"}, (None, 0.1, None)),
+        ({"url": "a"}, (None, 0.1, None)),
+        ({"files": "a", "val_shards": 2}, (None, None, 2)),
+        ({"dataset": "a"}, (None, None, 1)),
+        ({}, (None, None, 1)),
+    ):
+        config = DataConfig(**{"out_dir": "out", **options})
+        assert tuple(getattr(config, name) for name in rules) == want
+
+
+def test_a_source_on_the_command_line_replaces_a_configs(tmp_path):
+    config = tmp_path / "web.py"
+    config.write_text("dataset, subset, split, val_split, out_dir = 'a', 'b', 'train+test', 'test', 'data/web'\n")
+    asked, _ = configure(DataConfig, argv=own_source([str(config), "--files=c", "--tokenizer=bytes"]))
+    assert asked == DataConfig(files="c", tokenizer="bytes", out_dir="data/web")
+    asked, _ = configure(DataConfig, argv=own_source([str(config), "--dataset=c", "--val_split=dev"]))
+    assert asked == DataConfig(dataset="c", val_split="dev", out_dir="data/web")
+    asked, _ = configure(DataConfig, argv=own_source([str(config), "--shards=c"]))
+    assert asked == DataConfig(shards="c", out_dir="data/web")
+    with pytest.raises(UserError, match="files and url are both given"):
+        configure(DataConfig, argv=own_source(["--files=a", "--url=b", "--out_dir=c"]))
+
+
+@pytest.mark.parametrize("path", [*CONFIGS.glob("*.py")], ids=lambda path: path.name)
+def test_the_next_command_names_the_configs_made_for_the_data(path):
+    config, _, _ = configure(TrainConfig, GPTConfig, argv=[str(path)])
+    command = train_command(Path(config.data_dir + "/"))
+    assert f"config/{path.name}" in command
+    script, first = shlex.split(command, comments=True)[1:]
+    assert (script, (CONFIGS.parent / first).exists()) == ("train_gpt2.py", True)
+
+
+def test_the_next_command_has_a_small_model_for_other_data():
+    argv = shlex.split(train_command(Path("data/my notes")))[2:]
+    config, _, _ = configure(TrainConfig, GPTConfig, argv=[str(CONFIGS.parent / argv[0]), *argv[1:]])
+    assert (config.data_dir, config.out_dir) == ("data/my notes", "out/my notes")
 
 
 @pytest.mark.parametrize(
@@ -921,6 +966,7 @@ def prepare_parts(out_dir, count, **options):
 def test_parts_together_are_one_preparation(tmp_path, small, kind, count, val):
     texts, source = documents()[::-1], tmp_path / "source"
     source.mkdir()
+    val = val or {"one": {}, "val_split": {"val_split": "test"}}.get(kind, {"val_shards": 1})
     options = {"files": f"{source}/*", "shard_tokens": 500, "tokenizer": "bytes", **val}
     if kind == "txt":
         for i, text in enumerate(texts):
@@ -931,14 +977,12 @@ def test_parts_together_are_one_preparation(tmp_path, small, kind, count, val):
     elif kind == "one":  # a document, which cannot be divided
         options.pop("val_seed", None)
         (source / "a.txt").write_bytes("".join(texts).encode())
-        options |= {} if val else {"val_fraction": 0.1}
     else:
         suffix = "parquet" if kind in ("dataset", "val_split") else kind
         for i in range(3):
             write_rows(source / f"train-{i}.{suffix}", texts[i * 20 : i * 20 + 20])
         if kind == "val_split":
             write_rows(source / "test.parquet", texts[:9])
-            options |= {} if val else {"val_split": "test"}
         if kind in ("dataset", "val_split"):
             options["dataset"] = str(source)
             del options["files"]
@@ -960,11 +1004,11 @@ def test_a_part_reads_little_of_what_is_not_its_own(tmp_path, small, monkeypatch
         write_rows(tmp_path / f"{i:02}.jsonl", documents(20)[::-1])
     read, real = [], sources.read_jsonl
     monkeypatch.setattr(sources, "read_jsonl", lambda path, column: read.append(Path(path).stem) or real(path, column))
-    prepare_parts(tmp_path / "out", 4, files=f"{tmp_path}/*.jsonl", shard_tokens=500)
+    prepare_parts(tmp_path / "out", 4, files=f"{tmp_path}/*.jsonl", shard_tokens=500, val_shards=1)
     assert sorted(read) == [f"{i:02}" for i in range(12)]
 
 
-@pytest.mark.parametrize("val", [{}, {"val_fraction": 0.3}, {"val_fraction": 0.3, "val_seed": 5}])
+@pytest.mark.parametrize("val", [{"val_shards": 1}, {"val_fraction": 0.3}, {"val_fraction": 0.3, "val_seed": 5}])
 def test_a_part_that_is_killed_and_repeated_is_the_same(tmp_path, small, monkeypatch, val):
     write_rows(tmp_path / "a.jsonl", documents(24)[::-1])
     options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 500, "tokenizer": "bytes", **val}
@@ -1046,6 +1090,7 @@ def test_the_same_part_twice_at_the_same_time(tmp_path, monkeypatch):
 def three_parts(tmp_path):
     write_rows(tmp_path / "a.jsonl", documents())
     options = [f"--files={tmp_path}/a.jsonl", "--shard_tokens=1000", f"--out_dir={tmp_path}/out", "--num_proc=1"]
+    options += ["--val_shards=1"]
     for number in (1, 2, 3):
         assert call("fineweb.py", *options, f"--part={number}/3").returncode == 0
     return tmp_path / "out", options
@@ -1104,7 +1149,7 @@ def test_a_part_alone_does_not_train(three_parts):
 def test_parts_too_small_for_validation(tmp_path):
     write_rows(tmp_path / "a.jsonl", documents())
     with pytest.raises(UserError, match=r"no text is left for train: .* use fewer parts"):
-        fineweb.prepare(DataConfig(out_dir=str(tmp_path / "out"), files=f"{tmp_path}/a.jsonl", part="1/2"))
+        prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_shards=1, part="1/2")
     write_rows(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(UserError, match="no text is left for train in all its parts"):
         prepare_parts(tmp_path / "out2", 2, files=f"{tmp_path}/a.jsonl", val_fraction=0.99)

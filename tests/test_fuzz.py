@@ -280,7 +280,7 @@ def test_command_lines(script, data):
         assert 0 <= config.seed < 2**64
         assert 0 <= config.min_lr <= config.learning_rate
         assert 0 <= config.beta1 < 1 > config.beta2 >= 0
-        assert min(config.weight_decay, config.grad_clip, config.warmup_steps, config.val_interval) >= 0
+        assert min(config.weight_decay, config.grad_clip, config.warmup_steps or 0, config.val_interval) >= 0
         assert min(config.batch_size, config.total_batch_size or 1, config.log_interval) >= 1
         assert "" not in (config.out_dir, config.data_dir)
 

@@ -17,7 +17,7 @@ from metrics import Metrics, bits_per_byte, read_metrics, word_loss
 def begin(out_dir, resumed_at=None, log_to=None):
     log = Metrics(out_dir)
     log.lock()
-    log.begin(resumed_at, log_to)
+    log.begin(resumed_at, log_to, again={"val"})
     return log
 
 
@@ -225,3 +225,20 @@ def test_a_stray_folder_is_no_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="pip install wandb"):
         begin(tmp_path / "run", log_to="wandb")
+
+
+COLUMNS = (80, 54, 53, 43, 42, 10)
+
+
+def test_a_line_of_parts_fits_the_terminal(monkeypatch, capsys):
+    log = Metrics("out")
+    parts = dict(step="step 5000/19073", lr="lr 6.00e-04", mfu="", ms="125.4 ms", eta="eta 4:51:12")
+    log.say_parts(parts, spare=("ms", "lr"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns in COLUMNS:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        log.say_parts(parts, spare=("ms", "lr"))
+    whole, *lines = capsys.readouterr().out.splitlines()
+    assert whole == "step 5000/19073 | lr 6.00e-04 | 125.4 ms | eta 4:51:12"
+    without_ms, shortest = "step 5000/19073 | lr 6.00e-04 | eta 4:51:12", "step 5000/19073 | eta 4:51:12"
+    assert lines == [whole if n >= len(whole) else without_ms if n >= len(without_ms) else shortest for n in COLUMNS]

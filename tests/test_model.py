@@ -320,3 +320,12 @@ def test_a_compiled_chunk_of_the_loss_is_a_graph_of_its_own():
     assert (max(losses), sum(losses)) == (1, 1)
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("mlp", "geglu"), ("norm", "none"), ("pos", "alibi")])
+def test_a_flag_that_only_its_literal_knows_is_an_error(flag, value):
+    """And never trains silently as another variant."""
+    with pytest.raises(NotImplementedError, match=f"{flag} = '{value}'"):
+        GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4, **{flag: value}))(
+            torch.zeros(1, 2).long()
+        )

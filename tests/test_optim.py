@@ -236,3 +236,10 @@ def test_muon_step_has_the_size_of_adamws():
             rms = (p - before[id(p)]).square().mean().sqrt().item()
             assert rms == pytest.approx(0.2 * 1e-2, rel=0.3)  # 0.2: AdamW's usual RMS
     assert math.isfinite(rms)
+
+
+def test_a_flag_that_only_its_literal_knows_is_an_error():
+    with pytest.raises(NotImplementedError, match="optimizer = 'lion'"):
+        make_optimizers(torch.nn.Linear(2, 2), "lion", 1e-3, 0.0, (0.9, 0.95))
+    with pytest.raises(NotImplementedError, match="schedule = 'step'"):
+        rates("step")

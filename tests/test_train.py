@@ -89,6 +89,7 @@ def test_what_a_run_leaves(data_dir, straight):
     GPT(GPTConfig(**state["gpt_config"])).load_state_dict(state["model"])  # clean names
     line = r"step +20/20 \| loss \d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d\.\d{4} \| "
     assert re.search(line + r"[\d.]+ ms \| [\d,]+ tok/s \| eta 0:00:00", done.stdout)
+    assert f"\nfirst an evaluation, on {2000 // 32} windows\nstep     0/20 | val loss" in done.stdout
     losses_ = losses(out)
     assert losses_[20] < losses_[1] - 1
 
@@ -233,11 +234,29 @@ def test_the_last_step_is_always_recorded(data_dir, tmp_path):
 def test_the_best_checkpoint_is_kept(data_dir, tmp_path):
     """Of those that were saved; with a rate this high the val loss soon rises again."""
     flags = ["--max_steps=16", "--val_interval=2", "--checkpoint_interval=4", "--keep_checkpoints=1"]
-    assert train(data_dir, tmp_path / "run", *flags, "--learning_rate=1.0", "--schedule=constant").returncode == 0
+    done = train(data_dir, tmp_path / "run", *flags, "--learning_rate=1.0", "--schedule=constant")
+    assert done.returncode == 0, done.stderr
     val = {r["step"]: r["val_loss"] for r in metrics(tmp_path / "run", "val") if r["step"] in (4, 8, 12, 16)}
     best = min(val, key=val.get)
     assert best < 16
     assert {p.name for p in (tmp_path / "run").glob("*.pt")} == {f"ckpt_{best:06d}.pt", "ckpt_000016.pt"}
+    assert f"lowest val loss of its checkpoints: {val[best]:.4f} at step {best}; --best=True" in done.stdout
+    for flags, step in (([], 16), (["--best=True"], best)):
+        done = call("evaluate.py", tmp_path / "run", *flags, "--tokens=1984")  # on its own data
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert told["model"] == str(tmp_path / "run" / f"ckpt_{step:06d}.pt")
+        assert told["loss"] == pytest.approx(val[step], rel=1e-5)
+    done = call("evaluate.py", tmp_path / "run" / "ckpt_000016.pt", "--best=True")
+    assert (done.returncode, "is for a run's folder" in done.stderr) == (2, True)
+    (tmp_path / "run" / f"ckpt_{best:06d}.pt").unlink()
+    done = call("sample.py", tmp_path / "run", "--best=True")
+    assert (done.returncode, "leave out --best=True" in done.stderr) == (2, True)
+
+
+def test_a_longer_run_keeps_the_evaluation_of_its_first_end(data_dir, tmp_path):
+    for steps in (7, 10):
+        assert train(data_dir, tmp_path / "run", f"--max_steps={steps}", "--resume=True").returncode == 0
+    assert [r["step"] for r in metrics(tmp_path / "run", "val")] == [0, 5, 7, 10]
 
 
 def test_epochs(data_dir, tmp_path):
@@ -516,7 +535,7 @@ def test_a_ragged_last_batch_has_the_shape_of_the_others(data_dir):
     model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
     want, shapes, forward = model(*windows.read(range(10))).item(), set(), model.forward
     model.forward = lambda x, y: shapes.add((x.shape, y.shape)) or forward(x, y)
-    start = SimpleNamespace(config=SimpleNamespace(batch_size=4, val_tokens=10 * 32), val_data=windows)
+    start = SimpleNamespace(config=SimpleNamespace(batch_size=4, seq_len=32, val_tokens=10 * 32), val_data=windows)
     parts = dict(model=model, world=World("cpu"), autocast=contextlib.nullcontext(), stop=False)
     loss = evaluate(SimpleNamespace(start=start, **parts))
     assert shapes == {((4, 32), (4, 32))}
