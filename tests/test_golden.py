@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from conftest import TRAIN, call, metrics, run, write_shard
+from conftest import TRAIN, call, metrics, write_shard
 
 import checkpoint
 import hellaswag
@@ -72,9 +72,7 @@ def training(folder, *flags, processes=None, stop=None):
         token_data(data)
     args = [*TRAIN, f"--data_dir={data}", f"--out_dir={out}", "--sample_interval=20", "--sample_start=the ", *flags]
     for more in ([f"--max_steps={stop}"], ["--max_steps=20", "--resume=True"]) if stop else (["--max_steps=20"],):
-        done = run("train_gpt2.py", *args, *more, processes=processes) if processes else call(
-            "train_gpt2.py", *args, *more
-        )  # fmt: skip
+        done = call("train_gpt2.py", *args, *more, processes=processes)
         assert done.returncode == 0, done.stderr
     return {
         "train": [record["loss"] for record in metrics(out, "train")],
