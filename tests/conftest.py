@@ -103,6 +103,8 @@ def call_processes(main, args, processes):
                 rank.kill()
         assert in_time, f"{len(running)} of {processes} processes hang"
     out, err = ("".join(rank.read(stream) for rank in ranks) for stream in ("out", "err"))
+    for rank in ranks:
+        rank.end()
     return subprocess.CompletedProcess(args, failed.exitcode if failed else 0, out, err)
 
 
@@ -151,6 +153,7 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def end(self):
         """Kill it, and what it has started, if it is still there: whatever failed, pytest must not wait for it."""
+        atexit.unregister(self.end)  # which would keep its files open
         if self.is_alive():
             os.killpg(self.pid, signal.SIGKILL)
             self.join()

@@ -27,8 +27,9 @@ import sources
 from configurator import UserError, configure
 from dataloader import read_meta
 from files import lock_folder
-from fineweb import CONFIGS, NEVER, Cursor, DataConfig, own_source, train_command
+from fineweb import NEVER, Cursor, DataConfig, own_source
 from model import GPTConfig
+from preparation import CONFIGS, COUNTS, train_command
 from shards import find_parts
 from tokenizer import byte_alphabet, get_tokenizer
 from train_gpt2 import TrainConfig
@@ -557,7 +558,7 @@ def test_an_older_programs_progress_is_a_line(tmp_path, monkeypatch):
     options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 3000}
     killed(monkeypatch, tmp_path / "out", **options)
     progress = json.loads((tmp_path / "out" / "progress.json").read_text())
-    progress["counts"] = {name: progress.pop(name) for name in fineweb.COUNTS}
+    progress["counts"] = {name: progress.pop(name) for name in COUNTS}
     progress |= {"cursor": [0, 0, 17, 0, 17, 0], "skip": 1234}
     (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
     with pytest.raises(UserError, match=r"progress\.json is damaged, or made by another or an older program"):
