@@ -94,8 +94,8 @@ class World:
             torch.cuda.set_device(self.device)
 
     def on_bfloat16_cpu(self) -> bool:
-        """Whether this is a CPU that computes products in bfloat16, several times as fast as in float32. "auto" leaves
-        them in float32: a run's losses shall not depend on which CPU it is on."""
+        """Whether this is a CPU that computes products in bfloat16. "auto" leaves them in float32 all the same: a run's
+        losses shall not depend on which CPU it is on."""
         return self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:

@@ -101,7 +101,9 @@ def update_memory(shapes: dict[str, torch.Size], optimizer: str) -> int:
     if optimizer == "muon":  # all matrices of a shape at once: momentum, update and its products
         hidden = [s for name, s in shapes.items() if is_hidden(name, s)]
         return max(10 * hidden.count(s) * s.numel() for s in hidden)
-    return 0
+    if optimizer == "adamw":
+        return 0
+    raise NotImplementedError(f"optimizer = {optimizer!r}")
 
 
 def is_hidden(name: str, shape: torch.Size) -> bool:
@@ -174,7 +176,9 @@ def mlp_kept(config: GPTConfig, setting: Setting) -> int:
         return (3 if setting.compiled else 4) * w
     if config.mlp == "relu2" and casts(setting):
         return w + 4 + w  # ReLU, in float32 once more, its square
-    return 2 * w  # before and behind GELU; ReLU and its square
+    if config.mlp in ("gelu", "relu2"):
+        return 2 * w  # before and behind GELU; ReLU and its square
+    raise NotImplementedError(f"mlp = {config.mlp!r}")
 
 
 def weight_copies(config: GPTConfig, setting: Setting) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,6 +224,14 @@ def test_the_optimizers_state_is_foreseen_to_the_byte(optimizer):
     assert optimizer_state(parameter_shapes(config), optimizer) == sum(states)
     foreseen = foresee(config, Setting(1, 16, optimizer))
     assert foreseen.parameters == foreseen.gradients == sum(p.nbytes for p in model.parameters())
+
+
+def test_memory_of_an_unknown_variant_is_an_error():
+    config = GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=32)
+    with pytest.raises(NotImplementedError, match="mlp = 'geglu'"):
+        foresee(replace(config, mlp="geglu"), Setting(1, 16))
+    with pytest.raises(NotImplementedError, match="optimizer = 'lion'"):
+        foresee(config, Setting(1, 16, "lion"))
 
 
 def test_memory_needs_neither_data_nor_a_card(tmp_path):

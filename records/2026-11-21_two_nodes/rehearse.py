@@ -1,6 +1,6 @@
 """Two machines on one: network namespaces joined by a cable (veth), each with its own hostname and mounts. Root only.
 
-    python records/2026-11-21_two_nodes/rehearse.py 'DATA/*.parquet' /tmp/rehearsal
+    python records/2026-11-21_two_nodes/rehearse.py 'DATA/*.parquet' FOLDER
 
 Each node prepares a part of the data. Then runs of the same 60 steps on 2 nodes, torchrun on each as a user starts it:
 straight; with a node killed and started again, at different moments; with both killed; the same where the nodes share
