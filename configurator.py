@@ -307,10 +307,11 @@ def help_text(classes: typing.Iterable[type], positional: str | None = None) -> 
     first = (sys.modules["__main__"].__doc__ or "").strip()
     script = os.path.basename(sys.argv[0]) + (f" [{positional.upper()}]" if positional else "")
     lines = [first, "", f"usage: python {script} [config/file.py ...] [--name=value ...]"]
-    for cls in classes:
+    for cls in [part for whole in classes for part in whole.__mro__[:-1]]:  # what it inherits comes behind its own
         comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         lines += ["", f"{cls.__name__}:"]
-        for name, hint in options_of(cls).items():
+        for name in inspect.get_annotations(cls):
+            hint = options_of(cls)[name]
             default = f"--{name}={cls.__dataclass_fields__[name].default}"
             choices = f"{spell(hint)}; " if "Literal" in str(hint) else ""
             lines.append(f"  {default:<36} {choices}{comments.get(name, '')}".rstrip(" ;"))

@@ -172,7 +172,7 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -
     """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C), `rows` at a time:
     the logits of all rows together would fill the memory, and on a CPU small pieces are faster."""
     return torch.cat([
-        F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
+        F.cross_entropy(model.logits(x), y, reduction="none")
         for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
     ])  # fmt: skip
 

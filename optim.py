@@ -2,14 +2,64 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from configurator import at_least
 from distributed import own_rows
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16  # torch's
+# a, b, c and how many iterations. fast: torch's, singular values end between 0.7 and 1.2; exact: at 1.
+NEWTON_SCHULZ = {"fast": ((3.4445, -4.775, 2.0315), 5), "exact": ((2.0, -1.5, 0.5), 12)}
 Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update of a step. "Outer" are all parameters but the blocks' matrices: embeddings, head, biases and gains."""
+
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW takes the outer ones
+    learning_rate: float = 6e-4  # the highest
+    embed_lr: float | None = None  # the embeddings' in its place
+    head_lr: float | None = None  # the head's, if it is not tied to the embedding
+    vector_lr: float | None = None  # that of biases and gains
+    min_lr: float = 6e-5  # the last
+    warmup_steps: int | None = None  # steps from 0 to learning_rate; None: a twentieth of all, at most 715
+    warmup_fraction: float | None = None  # in place of warmup_steps: this part of all steps
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
+    decay_fraction: float = 0.2  # wsd: the part of all steps in which the rate falls
+    weight_decay: float = 0.1  # on matrices only
+    outer_decay: float | None = None  # on outer parameters; None: weight_decay on their matrices
+    beta1: float = 0.9  # AdamW: memory of the gradient
+    beta2: float = 0.95  # AdamW: memory of its square
+    outer_beta1: float | None = None  # of outer parameters; None: beta1
+    outer_beta2: float | None = None  # of outer parameters; None: beta2
+    adam_eps: float = 1e-8  # AdamW: added to the root of that square
+    muon_size: Literal["rms", "spectral"] = "rms"  # of its steps: as AdamW's, or orthogonal x sqrt(max(1, rows / cols))
+    newton_schulz: Literal["fast", "exact"] = "fast"  # Muon: 5 iterations, or 12 that end closer to orthogonal
+    grad_clip: float = 1.0  # longest gradient; 0: no clipping
+
+    def __post_init__(self):
+        at_least(
+            self, 0, "warmup_steps", "learning_rate", "embed_lr", "head_lr", "vector_lr", "min_lr", "weight_decay",
+            "outer_decay", "grad_clip",
+        )  # fmt: skip
+        for name in ("beta1", "beta2", "outer_beta1", "outer_beta2"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1)")
+        for name in ("decay_fraction", "warmup_fraction"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1]")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
+        for name in ("embed_lr", "head_lr", "vector_lr"):
+            if getattr(self, name) is not None and (self.optimizer == "adafactor" or not self.learning_rate):
+                raise ValueError(f"{name} is a share of learning_rate, and not for optimizer = 'adafactor'")
+        if not 0 < self.adam_eps < 1:
+            raise ValueError(f"adam_eps = {self.adam_eps}, but it must be in (0, 1)")
 
 
 def learning_rate(
@@ -40,44 +90,61 @@ def alone(function: Function, batch: Tensor, rows: int) -> Tensor:
 
 
 def make_optimizers(
-    model: nn.Module, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float],
-    spread: Callable[[Function, Tensor, int], Tensor] = alone,
-) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """The optimizers of a GPT: every parameter is in exactly one group of one of them.
-
-    Weight decay on matrices only, not on biases and gains. muon takes the blocks' matrices; AdamW takes the embeddings,
-    the head and all vectors. spread is World.spread: it shares the work of muon out among processes.
-    """
-    params = dict(model.named_parameters())
-    hidden = [p for name, p in params.items() if name.startswith("h.") and p.dim() == 2] if optimizer == "muon" else []
-    rest = [p for p in params.values() if not any(p is h for h in hidden)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if optimizer == "adafactor":
+    model: nn.Module, config: OptimConfig, spread: Callable[[Function, Tensor, int], Tensor] = alone
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a GPT: every parameter is in exactly one group of one of them. A group's "scale" is its share
+    of the learning rate. spread is World.spread: it shares the work of muon out among processes."""
+    params = sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)  # matrices first
+    hidden = [p for name, p in params if config.optimizer == "muon" and is_hidden(name, p)]
+    groups: dict[tuple, dict] = {}
+    for name, p in params:
+        if config.optimizer != "muon" or not is_hidden(name, p):
+            own = group_settings(name, p, config)
+            groups.setdefault(tuple(own.values()), {"params": [], **own})["params"].append(p)
+    if config.optimizer == "adafactor":
         # As fine-tuners use it: eps[1] makes the step absolute, not relative to the parameter's size (but for gains of
         # an RMS above 1). eps[0] is the floor of a mean squared gradient: its default, 1e-7, is above a GPT-2's, and a
         # matrix's update would lose its scale. An update is clipped to an RMS of 1 (Shazeer & Stern 2018, 1804.04235).
-        return [Adafactor(groups, lr=lr, eps=(1e-15, 1.0))]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
-    if optimizer == "muon" and hidden:
-        optimizers.append(Muon(hidden, lr, weight_decay, spread))
-    elif optimizer not in ("adamw", "muon"):
-        raise NotImplementedError(f"optimizer = {optimizer!r}")
-    return optimizers
+        return [Adafactor(list(groups.values()), lr=config.learning_rate, eps=(1e-15, 1.0))]
+    adamw = torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.adam_eps, fused=True)
+    if config.optimizer == "muon" and hidden:
+        return [adamw, Muon([{"params": hidden, "scale": 1.0}], config, spread)]
+    if config.optimizer in ("adamw", "muon"):
+        return [adamw]
+    raise NotImplementedError(f"optimizer = {config.optimizer!r}")
+
+
+def is_hidden(name: str, p: Tensor) -> bool:
+    """Whether it is a matrix of a block; all other parameters are outer ones."""
+    return name.startswith("h.") and p.dim() == 2
+
+
+def group_settings(name: str, p: Tensor, config: OptimConfig) -> dict:
+    """What AdamW does with this parameter."""
+    lr, decay, betas = None, config.weight_decay, (config.beta1, config.beta2)
+    if not is_hidden(name, p):
+        own = (config.outer_beta1, config.outer_beta2)
+        betas = tuple(common if beta is None else beta for beta, common in zip(own, betas, strict=True))
+        lr = config.vector_lr if p.dim() < 2 else config.head_lr if name == "lm_head.weight" else config.embed_lr
+        decay = config.outer_decay if config.outer_decay is not None else decay * (p.dim() >= 2)
+    return dict(scale=1.0 if lr is None else lr / config.learning_rate, weight_decay=decay, betas=betas)
 
 
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024) with the matrices of one shape in one batched product, which saves 95% of the
     launches, and with those shared out by `spread`. The state is torch's, and whole on every process.
 
-    Updates are scaled to the size of AdamW's, so that both share one learning rate (Liu et al. 2025, arXiv 2502.16982).
+    A step of size "rms" is as long as AdamW's, so that both share one learning rate (Liu et al. 2025, arXiv
+    2502.16982); a "spectral" one is Jordan's own.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, spread: Callable = alone):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, params: list, config: OptimConfig, spread: Callable = alone):
+        coefficients, steps = NEWTON_SCHULZ[config.newton_schulz]
+        super().__init__(
+            params, lr=config.learning_rate, weight_decay=config.weight_decay,
+            ns_coefficients=coefficients, ns_steps=steps,
+            adjust_lr_fn={"rms": "match_rms_adamw", "spectral": "original"}[config.muon_size],
+        )  # fmt: skip
         self.spread = spread
 
     @torch.no_grad()
@@ -92,7 +159,9 @@ class Muon(torch.optim.Muon):
                 torch._foreach_copy_(update.unbind(), self.momentum(params, group["momentum"]))
                 update = self.spread(lambda x, group=group: orthogonalize(x, group), update, rows).float()
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, cols)))
+                rms = group["adjust_lr_fn"] == "match_rms_adamw"
+                size = 0.2 * math.sqrt(max(rows, cols)) if rms else math.sqrt(max(1, rows / cols))
+                torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"] * size)
 
     def momentum(self, params: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's: the running mean of the gradients, and the gradient once more."""

@@ -181,8 +181,8 @@ def generate(
             new = context = context[:, -max(1, block_size // 2) :]
             cache.length = 0
         with without_cudnn():
-            logits = model.lm_head(model.hidden(new, cache)[:, -1])  # (B, V)
-        token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p, generator)  # (B,)
+            logits = model.logits(model.hidden(new, cache)[:, -1])  # (B, V)
+        token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
         if eot is not None:
             token = torch.where(done, eot, token)
             done |= token == eot

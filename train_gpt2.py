@@ -31,13 +31,13 @@ from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
-from optim import learning_rate, make_optimizers
+from optim import OptimConfig, learning_rate, make_optimizers
 from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run. The defaults pretrain GPT-2 124M on FineWeb-Edu."""
+class TrainConfig(OptimConfig):
+    """A training run, with its optimizer. The defaults pretrain GPT-2 124M on FineWeb-Edu."""
 
     # files
     out_dir: PathStr = "out/gpt2_124m"  # where the run goes
@@ -65,20 +65,8 @@ class TrainConfig:
     target_loss: float | None = None  # stop after a step whose train loss is below this
     target_val_loss: float | None = None  # stop at an evaluation whose val loss is below this
     patience: int | None = None  # stop when the val loss has had no new low for this many val_intervals
-    # optimizer
-    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW takes the rest
-    learning_rate: float = 6e-4  # the highest
-    min_lr: float = 6e-5  # the last
-    warmup_steps: int | None = None  # steps from 0 to learning_rate; None: a twentieth of all, at most 715
-    warmup_fraction: float | None = None  # in place of warmup_steps: this part of all steps
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
-    decay_fraction: float = 0.2  # wsd: the part of all steps in which the rate falls
-    weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW: memory of the gradient
-    beta2: float = 0.95  # AdamW: memory of its square
-    grad_clip: float = 1.0  # longest gradient; 0: no clipping
-    max_skipped: int = 20  # give up (exit status 3) after this many steps in a row without finite loss and gradient
     # what else happens; an interval of 0 means never
+    max_skipped: int = 20  # give up (exit status 3) after this many steps in a row without finite loss and gradient
     val_interval: int = 250  # steps between evaluations
     val_tokens: int = 10485760  # evaluate on this many tokens, the first of the val split
     hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, 10,042 examples
@@ -96,28 +84,21 @@ class TrainConfig:
     report: bool = True  # write report.md and its plots at the end, as report.py does
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 1, "batch_size", "total_batch_size", "max_skipped", "log_interval", "seq_len", "max_steps")
         at_least(self, 1, "patience", "sample_num", "sample_tokens", "sample_top_k")
         at_least(
             self, 0, "seed", "val_interval", "hellaswag_interval", "sample_interval", "checkpoint_interval",
-            "keep_checkpoints", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "val_tokens",
+            "keep_checkpoints", "val_tokens",
         )  # fmt: skip
         for name in ("out_dir", "data_dir", "init_from"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1)")
-        for name in ("decay_fraction", "warmup_fraction"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1]")
         for name in ("epochs", "max_hours"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 2**31:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be more than 0 and below 2^31")
         if self.sample_temperature and self.sample_temperature < 1e-6:  # logits over less leave what float32 holds
             raise ValueError(f"sample_temperature = {self.sample_temperature}, but it must be 0 or at least 1e-6")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if self.parallel == "fsdp" and self.optimizer == "adafactor":
             raise ValueError("optimizer = 'adafactor' needs whole matrices; use --parallel=ddp, or adamw or muon")
         for name in ("target_val_loss", "patience"):
@@ -315,7 +296,7 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
     result = Result(loss, norm, lr, stop > 0, seconds)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         if result.finite:  # the same on all processes; a NaN would spoil the weights for good
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -495,9 +476,7 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
         raise NotImplementedError(f"parallel = {config.parallel!r}")
     model.to(world.device)
     in_dtype = autocast(dtype, world.device)
-    optimizers = make_optimizers(
-        model, config.optimizer, config.learning_rate, config.weight_decay, (config.beta1, config.beta2), world.spread
-    )
+    optimizers = make_optimizers(model, config, world.spread)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if start.path:
         checkpoint.restore(start.saved, model, optimizers, scaler)

@@ -26,9 +26,10 @@ from tokenizer import check_same_tokenizer, get_tokenizer, same_tokenizer
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 KINDS = {"learned": "gpt2", "rope": "llama"}  # Hugging Face's model_type by our pos
 # Of each: the flags of GPTConfig that it computes, and its names for the other fields.
+NEITHER = dict(rope_fraction=1.0, qk_norm=False, attn_scale=None, embed_norm=False, head_bias=False, logit_softcap=None)
 FLAGS = {
-    "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False),
-    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=False),
+    "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", **NEITHER),
+    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", **NEITHER),
 }
 FIELDS = {
     "gpt2": dict(
@@ -125,9 +126,9 @@ def starting_weights(
     config, weights = dataclasses.replace(theirs, **changes), dict(model.state_dict())
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-    for name in ("wte.weight", "lm_head.weight"):  # new rows start as the mean of the others
-        rows = config.vocab_size - theirs.vocab_size
-        weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(rows, -1)])
+    for name in {"wte.weight", "lm_head.weight", "lm_head.bias"} & weights.keys():  # new rows are the others' mean
+        new = weights[name].mean(0, keepdim=True)
+        weights[name] = torch.cat([weights[name], *[new] * (config.vocab_size - theirs.vocab_size)])
     return config, weights
 
 
@@ -210,7 +211,7 @@ def check_same_logits(ours: GPT, theirs: nn.Module, where: str | Path) -> None:
     positions = torch.linspace(0, config.block_size - 1, min(64, config.block_size), dtype=torch.float64).long()[None]
     idx = torch.randint(config.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
     want = theirs.eval()(idx, position_ids=positions, attention_mask=torch.ones_like(idx)).logits
-    have = ours.lm_head(ours.hidden(idx, positions=positions))
+    have = ours.logits(ours.hidden(idx, positions=positions))
     difference = ((have - want).abs().max() / want.abs().max()).item()
     limit = 1e-4 + (3e-7 * config.block_size if config.pos == "rope" else 0)  # float32 rounds RoPE's angles
     if not difference < limit:

@@ -13,7 +13,7 @@ from conftest import MODEL, ROOT, TRAIN, call, metrics
 import bench
 from memory import Setting, foresee, kept_around_blocks, kept_by_block, optimizer_state, parameter_shapes
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from optim import OptimConfig, make_optimizers
 
 FLAGS = [*MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256"]
 PARTS = ["data", "forward", "backward", "waiting", "optimizer"]
@@ -218,7 +218,7 @@ def test_the_optimizers_state_is_foreseen_to_the_byte(optimizer):
     idx, targets = torch.randint(100, (2, 1, 16))
     model(idx, targets).backward()
     states = []
-    for opt in make_optimizers(model, optimizer, 1e-3, 0.1, (0.9, 0.95)):
+    for opt in make_optimizers(model, OptimConfig(optimizer=optimizer)):
         opt.step()
         states += [tensor.nbytes for state in opt.state.values() for tensor in state.values()]
     assert optimizer_state(parameter_shapes(config), optimizer) == sum(states)

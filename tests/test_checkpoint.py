@@ -12,7 +12,7 @@ from conftest import TRAIN, call
 import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from optim import OptimConfig, make_optimizers
 from weights import load_model
 
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def trained(kind):
     """A small model and its optimizers after two steps, and what a checkpoint of them holds."""
     torch.manual_seed(0)
     model = GPT(TINY)
-    optimizers = make_optimizers(model, kind, 1e-2, 0.1, (0.9, 0.95))
+    optimizers = make_optimizers(model, OptimConfig(optimizer=kind))
     idx = torch.arange(8)[None]
     for _ in range(2):
         model(idx, idx).backward()
@@ -208,7 +208,7 @@ def test_optimizers_are_restored_as_torch_does(kind):
     for restore in (checkpoint.restore, as_torch_does):
         model = GPT(TINY)
         checkpoint.load_weights(model, saved["model"], "x")
-        optimizers = make_optimizers(model, kind, 1e-2, 0.1, (0.9, 0.95))
+        optimizers = make_optimizers(model, OptimConfig(optimizer=kind))
         restore(saved, model, optimizers, SCALER)
         before = copy.deepcopy(saved)
         model(torch.arange(8)[None], torch.arange(8)[None]).backward()
@@ -241,7 +241,7 @@ def test_settings_of_optimizers_are_the_configs(kind):
 def test_no_state_yet_is_as_torch_has_it():
     """All steps so far were skipped."""
     model = GPT(TINY)
-    optimizers = make_optimizers(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
+    optimizers = make_optimizers(model, OptimConfig(optimizer="adamw"))
     checkpoint.restore(saved_of(model, optimizers), model, optimizers, SCALER)
     assert not optimizers[0].state
 
@@ -314,7 +314,7 @@ def test_optimizers_of_another_kind(change, message):
 
 def test_another_optimizer():
     model, _, saved = trained("adamw")
-    muon = make_optimizers(model, "muon", 1e-2, 0.1, (0.9, 0.95))
+    muon = make_optimizers(model, OptimConfig(optimizer="muon"))
     with pytest.raises(UserError, match="optimizers are not the 2"):
         checkpoint.restore(saved, model, muon, SCALER)
 

@@ -7,7 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from model import GPT, GPTConfig
-from optim import Adafactor, Muon, learning_rate, make_optimizers
+from optim import Adafactor, Muon, OptimConfig, learning_rate, make_optimizers
+
+
+def options(optimizer, lr, weight_decay, **more):
+    return OptimConfig(optimizer=optimizer, learning_rate=lr, min_lr=0.0, weight_decay=weight_decay, **more)
 
 
 def rates(schedule, warmup_steps=10, max_steps=100, low=1e-4, decay_fraction=0.2):
@@ -61,7 +65,7 @@ def step(m, optimizers, n=3):
 def test_adamw_against_for_loop():
     """Fused AdamW over our groups equals torch's plain one with decay on matrices alone."""
     ours, theirs = model(), model()
-    step(ours, make_optimizers(ours, "adamw", 1e-2, 0.1, (0.9, 0.95)))
+    step(ours, make_optimizers(ours, options("adamw", 1e-2, 0.1)))
     decay = [p for p in theirs.parameters() if p.dim() == 2]
     rest = [p for p in theirs.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -75,7 +79,7 @@ def test_adafactor_against_transformers(scale):
     """Every update of 20 steps, of matrices and of vectors; gradients differ by rows and shrink on the way, so that
     neither the clipping nor the factored second moment is the same for all of them."""
     ours, theirs = model(), model()
-    [optimizer] = make_optimizers(ours, "adafactor", 5e-5, 0.0, (0.9, 0.95))
+    [optimizer] = make_optimizers(ours, options("adafactor", 5e-5, 0.0))
     oracle = transformers.Adafactor(theirs.parameters(), lr=5e-5, scale_parameter=False, relative_step=False)
     sizes = []
     for number in range(20):
@@ -135,7 +139,7 @@ def test_muon_is_torchs(monkeypatch, exact, parts):
     if exact:
         in_float64(monkeypatch)
     params = copies(MATRICES)
-    ours = Muon(params[0], lr=1e-3, weight_decay=0.1, spread=in_parts(parts))
+    ours = Muon(params[0], options("muon", 1e-3, 0.1), spread=in_parts(parts))
     theirs = torch.optim.Muon(params[1], lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     assert against(ours, theirs, params) < (1e-6 if exact else 1e-3)
 
@@ -144,7 +148,7 @@ def test_muon_is_torchs(monkeypatch, exact, parts):
     ("ours", "theirs", "shapes"),
     [
         (
-            lambda params: Muon(params, lr=1e-3, weight_decay=0.1),
+            lambda params: Muon(params, options("muon", 1e-3, 0.1)),
             lambda params: torch.optim.Muon(params, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             MATRICES,
         ),
@@ -197,7 +201,7 @@ def without_values(shapes):
 def test_muon_has_a_tenth_of_torchs_launches():
     params = without_values([(64, 64)] * 48 + [(256, 64)] * 24)
     counts = []
-    for muon in (Muon(params, 1e-3, 0.1), torch.optim.Muon(params)):
+    for muon in (Muon(params, options("muon", 1e-3, 0.1)), torch.optim.Muon(params)):
         muon.step()  # makes the state
         with Launches() as launches:
             muon.step()
@@ -211,12 +215,12 @@ def test_steps_do_not_wait_for_the_device(optimizer):
         m = model()
     for p in m.parameters():
         p.grad = torch.empty_like(p)
-    make_optimizers(m, optimizer, 1e-3, 0.1, (0.9, 0.95))[-1].step()
+    make_optimizers(m, options(optimizer, 1e-3, 0.1))[-1].step()
 
 
 def test_muon_takes_the_blocks_matrices_and_nothing_else():
     m = model()
-    adamw, muon = make_optimizers(m, "muon", 1e-2, 0.1, (0.9, 0.95))
+    adamw, muon = make_optimizers(m, options("muon", 1e-2, 0.1))
     names = {id(p): name for name, p in m.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert taken == {name for name, p in m.named_parameters() if name.startswith("h.") and p.dim() == 2}
@@ -228,7 +232,7 @@ def test_muon_takes_the_blocks_matrices_and_nothing_else():
 
 def test_muon_step_has_the_size_of_adamws():
     m = model()
-    _, muon = make_optimizers(m, "muon", 1e-2, 0.0, (0.9, 0.95))
+    _, muon = make_optimizers(m, options("muon", 1e-2, 0.0))
     before = {id(p): p.detach().clone() for p in m.parameters()}
     step(m, [muon], n=1)
     for group in muon.param_groups:
@@ -240,6 +244,6 @@ def test_muon_step_has_the_size_of_adamws():
 
 def test_a_flag_that_only_its_literal_knows_is_an_error():
     with pytest.raises(NotImplementedError, match="optimizer = 'lion'"):
-        make_optimizers(torch.nn.Linear(2, 2), "lion", 1e-3, 0.0, (0.9, 0.95))
+        make_optimizers(torch.nn.Linear(2, 2), OptimConfig(optimizer="lion"))
     with pytest.raises(NotImplementedError, match="schedule = 'step'"):
         rates("step")

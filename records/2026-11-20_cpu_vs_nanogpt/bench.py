@@ -40,9 +40,9 @@ def step(who, folder):
     torch.manual_seed(0)
     if who == "ours":
         model = our_model()
-        from optim import make_optimizers
+        from optim import OptimConfig, make_optimizers
 
-        [optimizer] = make_optimizers(model, "adamw", 6e-4, 0.1, (0.9, 0.95))
+        [optimizer] = make_optimizers(model, OptimConfig())
         model.compile()
     else:
         model = nano_model(folder)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 from dataloader import DataGuard, Windows, open_shard, read_meta, train_batches  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import make_optimizers  # noqa: E402
+from optim import OptimConfig, make_optimizers  # noqa: E402
 from shards import HEADER_BYTES, shard_header  # noqa: E402
 
 TOKENS = 100_000_000  # in a shard
@@ -137,7 +137,7 @@ def checkpoints(folder: Path) -> None:
     sizes = {"124M": (12, 12, 768), "medium": (24, 16, 1024)}
     for name, (n_layer, n_head, n_embd) in sizes.items():
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50304))
-        [optimizer] = make_optimizers(model, "adamw", 1e-3, 0.1, (0.9, 0.95), lambda function, batch: function(batch))
+        [optimizer] = make_optimizers(model, OptimConfig())
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()

@@ -50,7 +50,7 @@ def measure(case: dict, device: str) -> None:
 
     from memory import Setting, foresee
     from model import GPT, GPTConfig
-    from optim import make_optimizers
+    from optim import OptimConfig, make_optimizers
 
     B, T, dtype = case["B"], case.get("T", 1024), getattr(torch, case.get("dtype", "float32"))
     names = {field.name for field in fields(GPTConfig)}
@@ -72,7 +72,7 @@ def measure(case: dict, device: str) -> None:
         model.compile()
     optimizers = []
     if case.get("optimizer"):
-        optimizers = make_optimizers(model, case["optimizer"], 1e-4, 0.1, (0.9, 0.95))
+        optimizers = make_optimizers(model, OptimConfig(optimizer=case["optimizer"]))
     x, y = torch.randint(config.vocab_size, (2, B, T)).to(device)
     for _ in range(2 if optimizers else 1):
         for _ in range(2 if device == "cuda" else 1):
