@@ -136,8 +136,10 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def until(self, text):
         """Wait until it has written this, behind what was waited for before."""
+        deadline = time.monotonic() + 120
         while text not in (have := self.read()[self.seen :]):
             assert self.is_alive(), self.read("err")
+            assert time.monotonic() < deadline, f"it hangs, having written {have!r}"
             time.sleep(0.002)
         self.seen += have.index(text) + len(text)
 

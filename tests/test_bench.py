@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 from dataclasses import replace
 
 import pytest
@@ -130,16 +129,16 @@ def test_two_processes_without_data(tmp_path, monkeypatch):
 
 
 def test_compare_measures_the_code_of_a_commit(data_dir, tmp_path, monkeypatch):
-    """In a repository whose one commit has a slower step and no bench.py, and whose files are this code."""
+    """In a repository whose one commit has twice the loss and no bench.py, and whose files are this code."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "bench.py").unlink()
     step = (tmp_path / "train_gpt2.py").read_text()
-    slow = step.replace("for micro_batch in range", "time.sleep(0.2)\n    for micro_batch in range")
-    assert slow != step
-    (tmp_path / "train_gpt2.py").write_text(slow)
+    twice = step.replace("loss = run.wrapped(x, y) / plan", "loss = 2 * run.wrapped(x, y) / plan")
+    assert twice != step
+    (tmp_path / "train_gpt2.py").write_text(twice)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "slow"]):
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "twice"]):
         subprocess.run([*git, *command], check=True)
     (tmp_path / "train_gpt2.py").write_text(step)
     shutil.copy(ROOT / "bench.py", tmp_path)
@@ -149,7 +148,7 @@ def test_compare_measures_the_code_of_a_commit(data_dir, tmp_path, monkeypatch):
     done = call("bench.py", *flags, "--against=--n_layer=1")
     result = result_of(done)
     [a], [b] = result["a"], result["b"]
-    assert b["ms"] > max(200, a["ms"])
+    assert b["losses"][0] == pytest.approx(2 * a["losses"][0], rel=0.1)
     assert result["ratios"] == [result["ratio"]] == [b["ms"] / a["ms"]]
     assert (a["gpt_config"]["n_layer"], b["gpt_config"]["n_layer"]) == (2, 1)
     assert subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout == (
