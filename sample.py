@@ -195,7 +195,9 @@ def generate(
     """
     config, block_size = model.config, model.config.block_size
     total = min(block_size, idx.size(1) + max_new_tokens)
-    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
+    # torch's attention on a CPU converts every tile of bfloat16: in float32 it is 4 to 8 times as fast.
+    dtype = torch.float32 if idx.device.type == "cpu" else model.wte.weight.dtype
+    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=dtype)
     context = new = idx[:, -block_size:]
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):

@@ -251,6 +251,21 @@ def test_speed_up_changes_the_layout_alone(dtype, num_samples):
         assert model.lm_head.weight is model.wte.weight
 
 
+def test_attention_on_a_cpu_is_in_float32(monkeypatch):
+    """Whatever the weights are: in bfloat16 it would be many times as slow."""
+    model, idx = make().to(torch.bfloat16).eval(), batch(T=20)[0]
+    inputs, attention = [], torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        want = model(idx)[:, -1].float().argmax(-1)
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda q, k, v, *args, **kwargs: inputs.extend([q, k, v]) or attention(q, k, v, *args, **kwargs),
+    )  # fmt: skip
+    first, *_ = generate(model, idx, 3, temperature=0.0)
+    assert {tensor.dtype for tensor in inputs} == {torch.float32}
+    assert torch.equal(first, want)
+
+
 @pytest.fixture
 def script(monkeypatch):
     """A function: from now on these are the tokens that are drawn, a row a sample. It returns a list of the prompts."""
