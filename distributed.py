@@ -96,7 +96,7 @@ class World:
     def on_bfloat16_cpu(self) -> bool:
         """Whether this is a CPU that computes products in bfloat16. "auto" leaves them in float32 all the same: a run's
         losses shall not depend on which CPU it is on."""
-        return self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return is_bfloat16_cpu(self.device)
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Share out all weights, and with them gradients and optimizer states, over all ranks, in place: FSDP2 (Zhao et
@@ -373,6 +373,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def is_bfloat16_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def is_sharded(value: object) -> bool:

@@ -74,7 +74,8 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the positions a model has seen, so that a new token costs one position of work.
 
-    Holds up to `max_len` positions of `batch_size` sequences; `GPT.forward(idx, cache=cache)` appends idx's.
+    Holds up to `max_len` positions of `batch_size` sequences; `GPT.forward(idx, cache=cache)` appends idx's. Attention
+    is computed in its `dtype`.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device=None, dtype=None):
@@ -266,6 +267,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            q = q.to(k.dtype)
         p = self.dropout if self.training else 0.0
         causal = mask is None and k.size(2) == T  # a single new position sees all of the past
         if causal and not p and 1 < T <= 256 and q.dtype == torch.bfloat16 and not q.is_cuda:
@@ -273,7 +275,7 @@ class CausalSelfAttention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=self.scale)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_drop(self.c_proj(y))
+        return self.resid_drop(self.c_proj(y if cache is None else y.to(x.dtype)))
 
 
 class MLP(nn.Module):

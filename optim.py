@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Literal
 
 import torch
@@ -106,7 +107,7 @@ def make_optimizers(
         # an RMS above 1). eps[0] is the floor of a mean squared gradient: its default, 1e-7, is above a GPT-2's, and a
         # matrix's update would lose its scale. An update is clipped to an RMS of 1 (Shazeer & Stern 2018, 1804.04235).
         return [Adafactor(list(groups.values()), lr=config.learning_rate, eps=(1e-15, 1.0))]
-    adamw = torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.adam_eps, fused=True)
+    adamw = AdamW(list(groups.values()), lr=config.learning_rate, eps=config.adam_eps, fused=True)
     if config.optimizer == "muon" and hidden:
         return [adamw, Muon([{"params": hidden, "scale": 1.0}], config, spread)]
     if config.optimizer in ("adamw", "muon"):
@@ -130,7 +131,21 @@ def group_settings(name: str, p: Tensor, config: OptimConfig) -> dict:
     return dict(scale=1.0 if lr is None else lr / config.learning_rate, weight_decay=decay, betas=betas)
 
 
-class Muon(torch.optim.Muon):
+class Untraced(torch.optim.Optimizer):
+    """torch's own methods without its decorators: those import torch's compiler, a third of the time to the first step,
+    to tell it to leave them alone. No optimizer is compiled here."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Untraced, torch.optim.AdamW):
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Untraced, torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024) with the matrices of one shape in one batched product, which saves 95% of the
     launches, and with those shared out by `spread`. The state is torch's, and whole on every process.
 
@@ -186,7 +201,7 @@ def orthogonalize(x: Tensor, group: dict) -> Tensor:
     return x
 
 
-class Adafactor(torch.optim.Adafactor):
+class Adafactor(Untraced, torch.optim.Adafactor):
     """torch's Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), but its scalars stay on the device: torch's waits for
     the GPU twice a parameter. The state is torch's."""
 

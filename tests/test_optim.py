@@ -1,8 +1,11 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
@@ -247,3 +250,21 @@ def test_a_flag_that_only_its_literal_knows_is_an_error():
         make_optimizers(torch.nn.Linear(2, 2), OptimConfig(optimizer="lion"))
     with pytest.raises(NotImplementedError, match="schedule = 'step'"):
         rates("step")
+
+
+def test_no_optimizer_imports_torchs_compiler():
+    """Which takes a third of the time to a run's first step."""
+    code = """if True:
+        import sys, torch
+        from model import GPT, GPTConfig
+        from optim import OptimConfig, make_optimizers
+        model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
+        for name in ("adamw", "muon", "adafactor"):
+            model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+            for optimizer in make_optimizers(model, OptimConfig(optimizer=name)):
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.zero_grad()
+            assert "torch._dynamo" not in sys.modules, name"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -235,15 +235,35 @@ def test_one_row_that_is_not_finite(row):
     assert sample_token(masked, 1.0, None, None, None).tolist() == [0, 0]
 
 
-def test_speed_up_changes_the_layout_alone():
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_speed_up_changes_the_layout_alone(dtype, num_samples):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
-    idx = torch.randint(64, (3, 20))
-    before = model(idx)
-    speed_up(model)
-    assert model.h[0].mlp.c_fc.weight.stride() == (1, 128)
-    assert model.lm_head.weight is model.wte.weight
-    assert torch.allclose(model(idx), before, atol=1e-6)
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).to(dtype).eval()
+    idx = torch.randint(64, (num_samples, 20))
+    with torch.inference_mode():
+        before = model(idx)
+        speed_up(model, num_samples)
+        after = model(idx)
+    assert torch.equal(after, before) if dtype == torch.bfloat16 else torch.allclose(after, before, atol=1e-6)
+    if dtype == torch.float32 and num_samples == 1 and torch.backends.mkldnn.is_available():
+        assert model.h[0].mlp.c_fc.weight.stride() == (1, 128)
+        assert model.lm_head.weight is model.wte.weight
+
+
+def test_attention_on_a_cpu_is_in_float32(monkeypatch):
+    """Whatever the weights are: in bfloat16 it would be many times as slow."""
+    model, idx = make().to(torch.bfloat16).eval(), batch(T=20)[0]
+    inputs, attention = [], torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        want = model(idx)[:, -1].float().argmax(-1)
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda q, k, v, *args, **kwargs: inputs.extend([q, k, v]) or attention(q, k, v, *args, **kwargs),
+    )  # fmt: skip
+    first, *_ = generate(model, idx, 3, temperature=0.0)
+    assert {tensor.dtype for tensor in inputs} == {torch.float32}
+    assert torch.equal(first, want)
 
 
 @pytest.fixture
@@ -360,9 +380,12 @@ def test_attention_is_not_cudnns(folder, cudnn):
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_dtype_is_picked_as_in_training(folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr("sample.pick_dtype", lambda *args: asked.append(args) or torch.float64)
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_dtype_is_the_fastest(folder, monkeypatch, has_bfloat16):
+    monkeypatch.setattr("sample.is_bfloat16_cpu", lambda device: has_bfloat16)
+    monkeypatch.setattr("sample.speed_up", lambda *args: None)  # which would believe it
     monkeypatch.setattr("sample.complete", lambda model, *args, **kwargs: [[str(model.wte.weight.dtype)]])
-    assert "torch.float64" in sample(folder, "--dtype=auto").stdout
-    assert asked == [("auto", torch.device("cpu"))]
+    for asked, dtype in (("auto", "bfloat16" if has_bfloat16 else "float32"), ("float16", "float16")):
+        done = sample(folder, f"--dtype={asked}")
+        assert done.stdout == f"torch.{dtype}\n"
+        assert f", {dtype}\n" in done.stderr

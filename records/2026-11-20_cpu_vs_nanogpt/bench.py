@@ -3,7 +3,8 @@
     python records/2026-11-20_cpu_vs_nanogpt/bench.py NANOGPT_FOLDER [step|sample|start] [rounds]
 
 step: a training step of GPT-2 124M, bfloat16, compiled, B = 4, T = 256: seconds and peak memory.
-sample: 256 tokens from a random GPT-2 124M after a prompt of 16, float32: seconds.
+sample: 256 tokens from a random GPT-2 124M after a prompt of 16, float32: seconds. NEW, SAMPLES, DTYPE in the
+environment: other than 256 tokens, 1 sample, float32.
 start: from launching the training script on a tiny model to its first step's log line: seconds.
 Each measurement is a process of its own; the table gives the median of the rounds.
 """
@@ -74,38 +75,40 @@ def sample(who, folder):
     import torch
 
     torch.manual_seed(0)
-    prompt = torch.randint(50257, (1, 16))
+    new, samples = int(os.environ.get("NEW", 256)), int(os.environ.get("SAMPLES", 1))
+    dtype = getattr(torch, os.environ.get("DTYPE", "float32"))
+    prompt = torch.randint(50257, (samples, 16))
     if who == "ours":
-        model = our_model().eval()
+        model = our_model().to(dtype).eval()
         from sample import generate as sample_from
         from sample import speed_up
 
-        speed_up(model)
+        speed_up(model, samples)
 
         def generate():
-            return len(list(sample_from(model, prompt, 256, temperature=0.8, top_k=200)))
+            return len(list(sample_from(model, prompt, new, temperature=0.8, top_k=200)))
     elif who == "transformers":
         import transformers
 
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50304)).eval()
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50304)).to(dtype).eval()
 
         def generate():
             with torch.inference_mode():
                 out = model.generate(
-                    prompt, max_new_tokens=256, min_new_tokens=256, do_sample=True, temperature=0.8, top_k=200,
+                    prompt, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=0.8, top_k=200,
                     attention_mask=torch.ones_like(prompt), pad_token_id=50256,
                 )  # fmt: skip
             return out.shape[1] - 16
     else:
-        model = nano_model(folder).eval()
+        model = nano_model(folder).to(dtype).eval()
 
         def generate():
-            return model.generate(prompt, 256, temperature=0.8, top_k=200).shape[1] - 16
+            return model.generate(prompt, new, temperature=0.8, top_k=200).shape[1] - 16
 
     with torch.inference_mode():
         model(prompt)  # first call's set-up
     start = time.perf_counter()
-    assert generate() == 256
+    assert generate() == new
     return {"seconds": time.perf_counter() - start}
 
 

@@ -476,7 +476,7 @@ def sampling(card: Card) -> dict:
         model.ln_f.bias.fill_(1.0)
         model.wte.weight[enc.eot_token] = -1.0
     model = model.to(torch.bfloat16 if card.device == "cuda" else torch.float32).eval()
-    speed_up(model)
+    speed_up(model, 1)
     count = 32 if card.small else 256
     numbers, text = {}, []
     for samples in (1, 16):
