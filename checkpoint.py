@@ -24,11 +24,12 @@ GOES_ON = {
     "config": (dict,), "optimizers": (list,), "scaler": (dict,), "data": (dict,), "best": (dict,), "skipped": (int,),
     "stopped": (bool,), "target_reached": (bool,), "plateau": (bool,), "lowest": (dict,), "seconds": (float,),
     "loss_sum": (float,), "loss_count": (int,), "mean_loss": (float, NoneType),
+    "training_weights": (OrderedDict, dict, NoneType),  # where "model" is their average
 }  # fmt: skip
 BEST = {"step": (int, NoneType), "val_loss": (float,)}
 LATER = {  # what older versions' checkpoints have not
     "seconds": 0.0, "plateau": False, "lowest": {"step": 0, "val_loss": math.inf},
-    "loss_sum": 0.0, "loss_count": 0, "mean_loss": None,
+    "loss_sum": 0.0, "loss_count": 0, "mean_loss": None, "training_weights": None,
 }  # fmt: skip
 SCALER = {"scale": (float,), "_growth_tracker": (int,)}
 

@@ -131,6 +131,11 @@ class World:
                 module.set_reshard_after_forward(module is not self.sharded[-1], recurse=False)
                 module.reshard()
 
+    def reshard(self) -> None:
+        """Let go of gathered weights: they have changed since."""
+        for module in self.sharded:
+            module.reshard()
+
     def full(self, value: Tensor) -> Tensor:
         """The tensor itself, or all of one that is sharded: then all ranks must ask."""
         return value.full_tensor() if is_sharded(value) else value

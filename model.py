@@ -48,6 +48,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMS-normalise q and k per head, before RoPE
     attn_scale: float | None = None  # of q k before the softmax; None: 1 / sqrt(hs)
     embed_norm: bool = False  # one more norm, behind the embedding
+    value_embeds: int = 0  # embeddings added to v: this many tables, for the first blocks and once more for the last
     head_bias: bool = False  # of the output head
     logit_softcap: float | None = None  # no logit exceeds this; None: no limit
     init: Literal["gpt2", "zero"] = "gpt2"  # zero: the head and what ends a branch start at 0, the embedding at N(0, 1)
@@ -63,6 +64,8 @@ class GPTConfig:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.pos == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"pos = 'rope' needs even heads; n_embd / n_head = {self.n_embd // self.n_head} is odd")
+        if not 0 <= self.value_embeds <= self.n_layer:
+            raise ValueError(f"value_embeds = {self.value_embeds}, but it must be between 0 and n_layer")
         if not 0.0 < self.rope_fraction <= 1.0:
             raise ValueError(f"rope_fraction = {self.rope_fraction}, but it must be in (0, 1]")
         if self.init == "zero" and self.tie_weights:
@@ -107,6 +110,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.ln_e = make_norm(config) if config.embed_norm else nn.Identity()
+        self.vte = nn.ModuleList(nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.value_embeds))
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
@@ -157,14 +161,22 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
             x = x.bfloat16()  # and with it the whole residual stream: on GPUs half of its traffic is saved
         x = self.drop(x)
-        for block in self.h:
+        for layer, block in enumerate(self.h):
+            values = self.value_embeddings(layer, idx)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, values, rotation, mask, cache, use_reentrant=False)
             else:
-                x = block(x, rotation, mask, cache)
+                x = block(x, values, rotation, mask, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
+
+    def value_embeddings(self, layer: int, idx: Tensor) -> Tensor | None:
+        """What this block adds to v, (B, T, C): Zhou et al. 2024, arXiv 2410.17897, as the speed runs simplified it."""
+        tables, first_of_last = len(self.vte), self.config.n_layer - len(self.vte)
+        if layer < tables:
+            return self.vte[layer](idx)
+        return self.vte[layer - first_of_last](idx) if layer >= first_of_last else None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross entropy in nats, -1 left out.
@@ -210,13 +222,14 @@ class GPT(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of a forward and backward pass per token: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B).
 
-        N are the parameters that multiply: without wpe, and without wte where the head has its own weights.
+        N are the parameters that multiply: without wpe and vte, and without wte where the head has its own weights.
         """
         n = self.num_params()
         if self.config.pos == "learned":
             n -= self.wpe.weight.numel()
         if not self.config.tie_weights:
             n -= self.wte.weight.numel()
+        n -= sum(table.weight.numel() for table in self.vte)
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * seq_len
 
 
@@ -229,9 +242,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, mask, cache)
+        self, x: Tensor, values: Tensor | None, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:  # fmt: skip
+        x = x + self.attn(self.ln_1(x), values, rotation, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -250,16 +264,21 @@ class CausalSelfAttention(nn.Module):
         self.c_k = nn.Linear(C, C, bias=qkv_bias)
         self.c_v = nn.Linear(C, C, bias=qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
+        if config.value_embeds > min(layer, config.n_layer - 1 - layer):
+            self.value_gain = nn.Parameter(torch.full((config.n_head,), 0.5))
         self.resid_drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+        self, x: Tensor, values: Tensor | None, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:  # fmt: skip
         B, T, C = x.shape
         projections = (self.c_q, self.c_k, self.c_v)
         one = self.training and x.is_cuda  # while decoding, putting them together would cost more than the product
         projected = one_product(projections, x) if one else [proj(x) for proj in projections]
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in projected)
+        if values is not None:
+            v = v + (self.value_gain[:, None] * values.view_as(v)).to(v.dtype)
         if self.qk_norm:
             q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
         if rotation is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import at_least
-from distributed import own_rows
+from distributed import copy_like, own_rows
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16  # torch's
 # a, b, c and how many iterations. fast: torch's, singular values end between 0.7 and 1.2; exact: at 1.
@@ -42,6 +42,7 @@ class OptimConfig:
     muon_size: Literal["rms", "spectral"] = "rms"  # of its steps: as AdamW's, or orthogonal x sqrt(max(1, rows / cols))
     newton_schulz: Literal["fast", "exact"] = "fast"  # Muon: 5 iterations, or 12 that end closer to orthogonal
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
+    average: float = 0.0  # judge and save the weights' average over this part of the steps so far; 0: the last weights
 
     def __post_init__(self):
         at_least(
@@ -51,7 +52,7 @@ class OptimConfig:
         for name in ("beta1", "beta2", "outer_beta1", "outer_beta2"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1)")
-        for name in ("decay_fraction", "warmup_fraction"):
+        for name in ("decay_fraction", "warmup_fraction", "average"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be in [0, 1]")
         if self.min_lr > self.learning_rate:
@@ -129,6 +130,35 @@ def group_settings(name: str, p: Tensor, config: OptimConfig) -> dict:
         lr = config.vector_lr if p.dim() < 2 else config.head_lr if name == "lm_head.weight" else config.embed_lr
         decay = config.outer_decay if config.outer_decay is not None else decay * (p.dim() >= 2)
     return dict(scale=1.0 if lr is None else lr / config.learning_rate, weight_decay=decay, betas=betas)
+
+
+class Average:
+    """The average of a model's weights over about `part` of the steps so far. It evens out the noise of a high learning
+    rate long before the rate falls. Polynomial decay: Shamir & Zhang 2013, arXiv 1212.1824."""
+
+    def __init__(self, model: nn.Module, part: float, weights: dict[str, Tensor] | None = None):
+        """Starts as the model's weights, or as `weights`, the average so far."""
+        self.part, self.params = part, dict(model.named_parameters(remove_duplicate=False))
+        self.tensors = {p: p.detach().clone() for p in self.params.values()}
+        for name, p in self.params.items() if weights else ():
+            self.tensors[p] = copy_like(p, weights[name])
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weights, averages = ([own_rows(t) for t in tensors] for tensors in (self.tensors, self.tensors.values()))
+        torch._foreach_lerp_(averages, weights, min(1.0, 1 / (self.part * step)))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights with their average; once more, and every bit is back."""
+        for p, average in self.tensors.items():
+            weight = own_rows(p).clone()
+            own_rows(p).copy_(own_rows(average))
+            own_rows(average).copy_(weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names that the model's state dict has."""
+        return {name: self.tensors[p] for name, p in self.params.items()}
 
 
 class Untraced(torch.optim.Optimizer):

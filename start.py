@@ -217,7 +217,7 @@ def starting_point(
 ) -> tuple[GPTConfig, dict | None]:
     """The architecture, and the weights to start with (None: new ones)."""
     if "model" in saved:
-        return gpt_config, saved["model"]
+        return gpt_config, saved["training_weights"] or saved["model"]
     if config.init_from != "scratch":
         from weights import starting_weights  # tokenizers take a while to import
 

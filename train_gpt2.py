@@ -32,7 +32,7 @@ from dataloader import train_batches, val_batches
 from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
-from optim import OptimConfig, learning_rate, make_optimizers
+from optim import Average, OptimConfig, learning_rate, make_optimizers
 from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
 
 
@@ -144,6 +144,7 @@ class Run:
     model: GPT  # for evaluations and checkpoints
     wrapped: nn.Module  # the same model, but its backward averages gradients over all processes
     optimizers: list[torch.optim.Optimizer]
+    average: Average | None  # of the weights
     scaler: torch.amp.GradScaler
     autocast: contextlib.AbstractContextManager
     examples: list  # of HellaSwag
@@ -225,8 +226,9 @@ def train(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> i
     while True:
         # Between two steps: evaluations, a checkpoint, or the end.
         val_loss = None
-        if not stopping:
-            val_loss, stopping = evaluate_all(run, state)
+        if not stopping and evaluates(run, state):
+            with averaged(run):
+                val_loss, stopping = evaluate_all(run, state)
         state.stopped, done = stopping, finished(state, plan)
         if done and state.step > logged_step:
             log_step(run, state, result, seconds / (state.step - logged_step))
@@ -301,7 +303,30 @@ def train_step(run: Run, step: int, batches: Iterator[tuple[Tensor, Tensor]]) ->
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
+    if run.average and result.finite:
+        run.average.update(step)
     return result
+
+
+@contextlib.contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """Inside, the model has the weights that are judged: their average, where the run keeps one."""
+    if run.average is None:
+        yield
+        return
+    run.average.swap()
+    try:
+        yield
+    finally:
+        run.average.swap()
+        run.world.reshard()
+
+
+def evaluates(run: Run, state: State) -> bool:
+    """Whether anything is to be evaluated at this step."""
+    config = run.start.config
+    intervals = config.val_interval, config.hellaswag_interval, config.sample_interval
+    return any(due(state, interval, run.start.plan) for interval in intervals)
 
 
 def evaluate_all(run: Run, state: State) -> tuple[float | None, bool]:
@@ -417,8 +442,10 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> int | No
     config, log, earlier_best = run.start.config, run.log, state.best
     if val_loss is not None and val_loss < state.best["val_loss"]:
         state.best = {"step": state.step, "val_loss": val_loss}
+    weights, average = run.model.state_dict(), run.average and run.average.state_dict()
     contents = {
-        "model": run.world.whole(run.model.state_dict()),
+        "model": run.world.whole(average or weights),
+        "training_weights": run.world.whole(weights if average else None),
         "optimizers": run.world.whole([optimizer.state_dict() for optimizer in run.optimizers]),
         "scaler": run.scaler.state_dict(), "data": run.start.guard.record, **asdict(state), **identity(run.start),
     }  # fmt: skip
@@ -477,6 +504,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     model.to(world.device)
     in_dtype = autocast(dtype, world.device)
     optimizers = make_optimizers(model, config, world.spread)
+    judged = start.saved["model"] if start.path else None
+    average = Average(model, config.average, judged) if config.average else None
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if start.path:
         checkpoint.restore(start.saved, model, optimizers, scaler)
@@ -492,7 +521,8 @@ def build(start: Start, world: World, log: Metrics, examples: list) -> Run:
     with in_dtype:
         wrapped = world.wrap(model, *example, warm_up=compiled)
     launched = time.perf_counter() - start.saved.get("seconds", 0.0)
-    return Run(start, world, log, model, wrapped, optimizers, scaler, in_dtype, examples, StopRequest(), launched)
+    stop = StopRequest()
+    return Run(start, world, log, model, wrapped, optimizers, average, scaler, in_dtype, examples, stop, launched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

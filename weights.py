@@ -26,7 +26,10 @@ from tokenizer import check_same_tokenizer, get_tokenizer, same_tokenizer
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 KINDS = {"learned": "gpt2", "rope": "llama"}  # Hugging Face's model_type by our pos
 # Of each: the flags of GPTConfig that it computes, and its names for the other fields.
-NEITHER = dict(rope_fraction=1.0, qk_norm=False, attn_scale=None, embed_norm=False, head_bias=False, logit_softcap=None)
+NEITHER = dict(
+    rope_fraction=1.0, qk_norm=False, attn_scale=None, embed_norm=False, value_embeds=0, head_bias=False,
+    logit_softcap=None,
+)  # fmt: skip
 FLAGS = {
     "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", **NEITHER),
     "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", **NEITHER),
@@ -126,7 +129,9 @@ def starting_weights(
     config, weights = dataclasses.replace(theirs, **changes), dict(model.state_dict())
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-    for name in {"wte.weight", "lm_head.weight", "lm_head.bias"} & weights.keys():  # new rows are the others' mean
+    for name in [
+        name for name in weights if name.startswith(("wte", "vte", "lm_head"))
+    ]:  # new rows: the mean of others
         new = weights[name].mean(0, keepdim=True)
         weights[name] = torch.cat([weights[name], *[new] * (config.vocab_size - theirs.vocab_size)])
     return config, weights

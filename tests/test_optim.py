@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from model import GPT, GPTConfig
-from optim import Adafactor, Muon, OptimConfig, learning_rate, make_optimizers
+from optim import Adafactor, Average, Muon, OptimConfig, learning_rate, make_optimizers
 
 
 def options(optimizer, lr, weight_decay, **more):
@@ -179,6 +179,28 @@ def test_state_is_torchs(monkeypatch, ours, theirs, shapes):
         one.load_state_dict(states[1])
         two.load_state_dict(states[0])
         assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+@pytest.mark.parametrize("part", [1.0, 0.2])
+def test_average_against_its_definition(part):
+    """Step s has the weight 1 / (part s) of the average, up to 1: with part = 1 that is the plain mean."""
+    m = model()
+    average, history = Average(m, part), []
+    for s in range(1, 31):
+        step(m, make_optimizers(m, options("adamw", 1e-2, 0.1)), n=1)
+        history.append({name: p.detach().clone() for name, p in m.state_dict().items()})
+        average.update(s)
+    shares = [min(1.0, 1 / (part * s)) for s in range(1, 31)]
+    weights = [share * math.prod(1 - later for later in shares[s + 1 :]) for s, share in enumerate(shares)]
+    assert sum(weights) == pytest.approx(1.0)
+    for name, have in average.state_dict().items():
+        want = sum(weight * past[name] for weight, past in zip(weights, history, strict=True))
+        assert torch.allclose(have, want, atol=1e-6), name
+    assert average.state_dict().keys() == m.state_dict().keys()
+    average.swap()
+    assert not torch.equal(m.wte.weight, history[-1]["wte.weight"])
+    average.swap()
+    assert all(torch.equal(p, history[-1][name]) for name, p in m.state_dict().items())
 
 
 class Launches(TorchDispatchMode):
