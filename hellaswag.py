@@ -136,11 +136,11 @@ def download() -> str:
             response = requests.get(URL, timeout=60)
             response.raise_for_status()
         except requests.RequestException as error:
-            raise UserError(f"{URL}: {type(error).__name__}; put it at {path}, or say --data=FILE") from None
+            raise UserError(f"{URL}: {type(error).__name__}; put it at {path}") from None
         data = response.content
     if hashlib.sha256(data).hexdigest() != SHA256:
         where = f"{path}: not HellaSwag's validation set" if path.exists() else f"{URL}: not what it was"
-        raise UserError(f"{where} (its sha256 is another); delete it, or say --data=FILE")
+        raise UserError(f"{where} (its sha256 is another); move it away")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:

@@ -62,3 +62,12 @@ def test_an_unknown_row_is_refused(tmp_path):
     assert process.returncode == 2
     assert "no machin" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_without_a_card_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "")
+    process = start(tmp_path / "out", "--device=cuda")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--device=cpu" in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -381,6 +381,7 @@ def test_hellaswag_that_cannot_be_had(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "get", lambda *args, **kwargs: (_ for _ in ()).throw(requests.ConnectionError()))
     done = train(data_dir, tmp_path / "run", "--max_steps=1", "--hellaswag_interval=1")
     assert (done.returncode, "no HellaSwag in this run: https" in done.stdout) == (0, True)
+    assert "--data=" not in done.stdout  # an option of hellaswag.py, which a run has not
     assert [e["event"] for e in metrics(tmp_path / "run", "event")] == ["no hellaswag", "done"]
     (tmp_path / "torn.jsonl").write_text('{"ctx": "a')
     done = train(data_dir, tmp_path / "b", "--hellaswag_interval=1", "--hellaswag_data=torn.jsonl")

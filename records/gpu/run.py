@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from rows import ROWS, Card, Row, Skip, prepare
 
 
@@ -41,6 +42,8 @@ def main() -> int:
         parser.error(
             f"--only={given.only}: no {', '.join(sorted(unknown))}; rows: {' '.join(row.name for row in ROWS)}"
         )
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA card; --device=cpu rehearses with small models")
     out.mkdir(parents=True, exist_ok=True)
     results = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else []
     kept = {result["name"]: result for result in results}
