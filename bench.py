@@ -231,7 +231,7 @@ def foresee_memory(config: TrainConfig, gpt_config: GPTConfig, sources: dict[str
         alone = processes == 1 and config.total_batch_size in (None, batch_size * T)
         setting = Setting(
             batch_size, T, config.optimizer, getattr(torch, dtype), compiles(config, torch.device(device)), device,
-            config.activation_checkpointing, config.chunked_loss, accumulates=not alone,
+            config.activation_checkpointing, config.chunked_loss, accumulates=not alone, average=config.average > 0,
             shards=processes if config.parallel == "fsdp" else 1,
         )  # fmt: skip
         return foresee(gpt_config, replace(setting, **options))

@@ -21,7 +21,7 @@ class Foreseen:
 
     parameters: int
     gradients: int
-    optimizer: int  # its state
+    optimizer: int  # its state, and the weights' average
     activations: int  # kept for the backward pass, with what a block's backward pass takes beside them
     logits: int  # and what the loss takes beside them
     update: int  # what the optimizer takes beside its state while it steps
@@ -42,6 +42,7 @@ class Setting:
     activation_checkpointing: bool = False
     chunked_loss: bool = False
     accumulates: bool = True  # gradients are there before the backward pass: several micro-batches or processes
+    average: bool = False  # keeps the weights' average
     shards: int = 1  # processes among which parameters, gradients and the optimizer's state are divided
 
 
@@ -50,7 +51,7 @@ def foresee(config: GPTConfig, setting: Setting) -> Foreseen:
     shapes = parameter_shapes(config)
     count = sum(shape.numel() for shape in shapes.values())
     parameters = gradients = 4 * count // setting.shards
-    optimizer = optimizer_state(shapes, setting.optimizer) // setting.shards
+    optimizer = optimizer_state(shapes, setting.optimizer) // setting.shards + parameters * setting.average
     update = update_memory(shapes, setting.optimizer)
     tokens = setting.batch_size * setting.seq_len
     width = setting.dtype.itemsize
@@ -148,6 +149,7 @@ def kept_by_block(config: GPTConfig, setting: Setting) -> dict[str, float]:
         # On CUDA q and k lie in one product with v, which stays; elsewhere the rotated ones take the place of q and k.
         "q, k in their final form": 2 * w * C if config.qk_norm or (rotates and on_cuda) else 0,
         "q, k in float32, for their norms": 8 * C if config.qk_norm and cast else 0,
+        "value embeddings, for their gains": 4 * C * min(1, 2 * config.value_embeds / config.n_layer),
         "attention's result": w * C,
         "attention's log of sums": 4 * config.n_head,
         "ln_2's input": norm_input * C,

@@ -165,10 +165,16 @@ def assert_same(out, want, atol=0.0):
                 assert torch.allclose(ours["state"][number][name], state[name], rtol=0, atol=10 * atol), (number, name)
 
 
-@pytest.mark.parametrize(("optimizer", "processes"), [("adamw", 2), ("muon", 4)])
-def test_sharded_over_processes_it_computes_the_same(data_dir, tmp_path, optimizer, processes):
+SPEEDRUN = [
+    "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--embed_norm=True", "--tie_weights=False",
+    "--head_bias=True", "--logit_softcap=15", "--average=0.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "processes"), [(["--optimizer=adamw"], 2), (SPEEDRUN, 4)])
+def test_sharded_over_processes_it_computes_the_same(data_dir, tmp_path, options, processes):
     alone, sharded, resumed, whole = (tmp_path / name for name in ("alone", "sharded", "resumed", "whole"))
-    flags = [f"--optimizer={optimizer}", *SHARED]
+    flags = [*options, *SHARED]
     memory = ["--activation_checkpointing=True", "--chunked_loss=True"] if processes == 4 else []
     sample = (
         ["--sample_interval=1000", "--sample_tokens=40"] if processes == 2 else []
@@ -253,6 +259,23 @@ def test_the_best_checkpoint_is_kept(data_dir, tmp_path):
     (tmp_path / "run" / f"ckpt_{best:06d}.pt").unlink()
     done = call("sample.py", tmp_path / "run", "--best=True")
     assert (done.returncode, "leave out --best=True" in done.stderr) == (2, True)
+
+
+def test_the_average_is_what_is_judged_and_saved(data_dir, tmp_path):
+    """And the weights that are trained are those of a run without it."""
+    flags = ["--max_steps=20", "--checkpoint_interval=20", "--learning_rate=0.02", "--schedule=constant"]
+    for name, part in (("without", 0.0), ("with", 0.4)):
+        assert train(data_dir, tmp_path / name, *flags, f"--average={part}").returncode == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    a, b = (torch.load(tmp_path / name / "ckpt_000020.pt", weights_only=True) for name in ("with", "without"))
+    assert b["training_weights"] is None
+    for name, weight in b["model"].items():
+        assert torch.equal(a["training_weights"][name], weight), name
+        assert not torch.equal(a["model"][name], weight), name
+    val = metrics(tmp_path / "with", "val")[-1]["val_loss"]
+    assert val < metrics(tmp_path / "without", "val")[-1]["val_loss"]  # at a rate this high
+    done = call("evaluate.py", tmp_path / "with", "--tokens=1984")
+    assert json.loads(done.stdout.splitlines()[-1])["loss"] == pytest.approx(val, rel=1e-5)
 
 
 def test_a_longer_run_keeps_the_evaluation_of_its_first_end(data_dir, tmp_path):
