@@ -289,7 +289,7 @@ class CausalSelfAttention(nn.Module):
             q = q.to(k.dtype)
         p = self.dropout if self.training else 0.0
         causal = mask is None and k.size(2) == T  # a single new position sees all of the past
-        if causal and not p and 1 < T <= 256 and q.dtype == torch.bfloat16 and not q.is_cuda:
+        if causal and not p and 1 < T <= 256 and q.dtype == torch.bfloat16 and x.device.type == "cpu":
             y = causal_attention(q, k, v, self.scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=self.scale)  # (B, nh, T, hs)

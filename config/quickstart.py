@@ -21,16 +21,30 @@ pos = "rope"
 norm = "rmsnorm"
 mlp = "relu2"
 qk_norm = True
+value_embeds = 2
+embed_norm = True
+tie_weights = False
+head_bias = True
+logit_softcap = 15
+init = "zero"
 
 # 700 steps of 4,096 bytes: a quarter of the standard library
 batch_size = 16
 total_batch_size = 4096
 max_steps = 700
 optimizer = "muon"
-learning_rate = 6e-3
-min_lr = 1e-4
-warmup_steps = 20
+learning_rate = 6e-3  # of the blocks' matrices
+embed_lr = 0.3
+head_lr = 0.01
+vector_lr = 0.02
+min_lr = 0.0
+warmup_steps = 0
 schedule = "linear"
+outer_decay = 0.0
+beta1 = 0.8
+adam_eps = 1e-10
+grad_clip = 0.0
+average = 0.1
 
 val_interval = 100
 val_tokens = 131072

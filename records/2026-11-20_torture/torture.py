@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class TortureConfig:
     steps: int = 300
     threads: int = 1  # of each process
     seed: int = 0  # of the moments
+    options: str = ""  # more options of the run
 
 
 def main() -> int:
@@ -217,6 +219,7 @@ def command(config: TortureConfig, folder: str, out: Path, restarts: int) -> lis
         f"--parallel={config.parallel}", "--batch_size=2", "--total_batch_size=512", "--learning_rate=3e-3",
         "--warmup_steps=10", f"--max_steps={config.steps}", "--log_interval=1", "--val_interval=10",
         "--val_tokens=2000", "--sample_interval=50", "--sample_start=the ", "--checkpoint_interval=3",
+        *shlex.split(config.options),
     ]  # fmt: skip
 
 
