@@ -337,6 +337,12 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
         ("norm", dict(pos="rope")),
         ("qk_norm", dict(LLAMA, qk_norm=True)),
         ("qk_norm", dict(qk_norm=True)),
+        ("rope_fraction", dict(LLAMA, rope_fraction=0.5)),
+        ("attn_scale", dict(attn_scale=0.12)),
+        ("embed_norm", dict(embed_norm=True)),
+        ("value_embeds", dict(value_embeds=1)),
+        ("head_bias", dict(LLAMA, head_bias=True)),
+        ("logit_softcap", dict(LLAMA, logit_softcap=15.0)),
     ],
 )
 def test_no_counterpart(tmp_path, name, flags):

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, one_product
+from model import GPT, GPTConfig, KVCache, causal_attention, one_product
 
 TINY = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = {
@@ -16,7 +16,11 @@ VARIANTS = {
     "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
     "modern no bias": dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tie_weights=False),
     "relu2 qk-norm": dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, bias=False),
-}
+    "speed run": dict(
+        pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, rope_fraction=0.5, attn_scale=0.12, embed_norm=True,
+        value_embeds=1, tie_weights=False, head_bias=True, logit_softcap=15.0,
+    ),
+}  # fmt: skip
 variants = pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -209,11 +213,27 @@ def test_a_tree_of_sequences_in_one_row(flags):
         dict(pos="rope", n_head=32),
         dict(mlp_hidden=0),
         dict(rope_base=-1.0),
+        dict(rope_fraction=0.0),
+        dict(attn_scale=0.0),
+        dict(logit_softcap=-15.0),
+        dict(value_embeds=3),
+        dict(init="zero"),
     ],
 )
 def test_impossible_configs(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPTConfig(**{**TINY, **wrong})
+
+
+@pytest.mark.parametrize("scale", [None, 0.12])
+def test_causal_attention_in_bfloat16_is_as_exact_as_torchs(scale):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 64, 32) for _ in range(3))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    assert torch.allclose(causal_attention(q, k, v, scale), want, atol=1e-5)
+    low = [x.bfloat16() for x in (q, k, v)]
+    torchs = (F.scaled_dot_product_attention(*low, is_causal=True, scale=scale).float() - want).abs().max()
+    assert (causal_attention(*low, scale).float() - want).abs().max() < 2 * torchs
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -47,6 +47,8 @@ def logits_by_hand(w, idx, n_layer, n_head):
     for h in (f"h.{i}" for i in range(n_layer)):
         y = norm(x, w[f"{h}.ln_1.weight"])
         q, k, v = (heads(linear(y, f"{h}.attn.c_{part}")) for part in "qkv")
+        if f"{h}.attn.value_gain" in w:
+            v = v + w[f"{h}.attn.value_gain"][:, None, None] * heads(w["vte.0.weight"][idx])
         scores = 0.12 * turned(norm(q)) @ turned(norm(k)).mT
         scores = scores + torch.full((T, T), -math.inf).triu(1)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
@@ -56,13 +58,16 @@ def logits_by_hand(w, idx, n_layer, n_head):
     return 15 * z / (z**2 + 225).sqrt()
 
 
-def test_the_model_is_the_recipes():
-    _, model = recipe(*SMALL)
+@pytest.mark.parametrize("tables", [0, 1])
+def test_the_model_is_the_recipes(tables):
+    """And value embeddings, which come on top of it: one table, in the first block and in the last."""
+    _, model = recipe(*SMALL, "--n_layer=3", f"--value_embeds={tables}")
+    assert [hasattr(block.attn, "value_gain") for block in model.h] == [tables > 0, False, tables > 0]
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
     idx = torch.randint(96, (3, 32))
-    want = logits_by_hand(model.state_dict(), idx, n_layer=2, n_head=2)
+    want = logits_by_hand(model.state_dict(), idx, n_layer=3, n_head=2)
     assert want.abs().max() > 12  # the cap counts
     assert torch.allclose(model(idx), want, atol=1e-4)
 
