@@ -46,8 +46,8 @@ def test_against_transformers(schedule):
     "wrong",
     [
         dict(beta1=1.0), dict(outer_beta2=-0.1), dict(decay_fraction=1.5), dict(average=2.0), dict(min_lr=1.0),
-        dict(embed_lr=-1.0), dict(head_lr=0.1, optimizer="adafactor"), dict(vector_lr=0.1, learning_rate=0.0, min_lr=0.0),
-        dict(adam_eps=0.0), dict(grad_clip=-1.0),
+        dict(embed_lr=-1.0), dict(head_lr=0.1, optimizer="adafactor"), dict(adam_eps=0.0), dict(grad_clip=-1.0),
+        dict(vector_lr=0.1, learning_rate=0.0, min_lr=0.0),
     ],
     ids=str,
 )  # fmt: skip
