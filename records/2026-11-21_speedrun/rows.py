@@ -8,7 +8,7 @@ ROWS = {
     "recipe_ve": [*RECIPE, "--value_embeds=2"],
     "recipe_average": [*RECIPE, "--average=0.05"],
     "gpt2": ["gpt2_124m", *GPT2],
-    "modern": ["gpt2_124m_modern", *GPT2],
+    "modern": ["gpt2_124m_modern", *GPT2, "--learning_rate=2e-3"],
     "adamw": ["speedrun_124m_adamw", "--warmup_steps=10", "--head_lr=0.012"],
     "gpt2_twice_the_steps": ["gpt2_124m", *GPT2, "--max_steps=800"],
     "recipe_half_the_steps": [*RECIPE, "--max_steps=200"],
