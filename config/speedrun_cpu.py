@@ -1,4 +1,4 @@
-# The speed run's recipe, and what gained on top of it here, at the size of a laptop: a bench for changes of your own.
+# The speed run's recipe at the size of a laptop, and what gained on top of it: a bench for changes of your own.
 #     python fineweb.py config/data/stdlib.py
 #     python train_gpt2.py config/speedrun_cpu.py
 import torch
@@ -27,7 +27,7 @@ tie_weights = False
 head_bias = True
 logit_softcap = 15
 init = "zero"
-value_embeds = 2  # on top
+value_embeds = 2  # on top: the recipe's loss in 0.88 of its steps
 
 batch_size = 16
 total_batch_size = 2048
@@ -36,7 +36,7 @@ max_steps = 400
 optimizer = "muon"
 learning_rate = 0.025
 embed_lr = 0.7
-head_lr = 0.004
+head_lr = 0.012  # 0.004 at 124M
 vector_lr = 0.015
 min_lr = 0.0
 warmup_steps = 0
@@ -50,7 +50,6 @@ adam_eps = 1e-10
 muon_size = "spectral"
 newton_schulz = "exact"
 grad_clip = 0.0
-average = 0.05  # on top
 
 val_interval = 50
 val_tokens = 131072
