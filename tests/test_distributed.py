@@ -189,7 +189,7 @@ def test_the_commit_is_that_of_this_code(monkeypatch, tmp_path):
 @pytest.fixture
 def handlers():
     numbers = [getattr(signal, name) for name in StopRequest.SIGNALS]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}  # nohup's would be left alone
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
