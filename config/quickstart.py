@@ -1,4 +1,4 @@
-# Three minutes on two CPU cores that compute in bfloat16: a 1.8M-parameter model that writes Python, byte by byte.
+# Three to four minutes on two CPU cores that compute in bfloat16: a 2M-parameter model that writes Python, byte by byte.
 #     python fineweb.py config/data/stdlib.py
 #     python train_gpt2.py config/quickstart.py
 import torch
