@@ -1,4 +1,4 @@
-# Three to four minutes on two CPU cores that compute in bfloat16: a 2M-parameter model that writes Python, byte by byte.
+# Three to four minutes on two CPU cores that compute in bfloat16: a 2M-parameter model that writes Python by bytes.
 #     python fineweb.py config/data/stdlib.py
 #     python train_gpt2.py config/quickstart.py
 import torch
