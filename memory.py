@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from model import GPT, LOSS_CHUNKS, GPTConfig
+from optim import is_hidden
 
 RUNTIME = {"cuda": 2 * 2**25, "cpu": 390_000_000}  # cuBLAS's workspaces (of Hopper); Python and torch
 
@@ -105,10 +106,6 @@ def update_memory(shapes: dict[str, torch.Size], optimizer: str) -> int:
     if optimizer == "adamw":
         return 0
     raise NotImplementedError(f"optimizer = {optimizer!r}")
-
-
-def is_hidden(name: str, shape: torch.Size) -> bool:
-    return name.startswith("h.") and len(shape) == 2
 
 
 def gathered(config: GPTConfig, setting: Setting) -> int:

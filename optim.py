@@ -97,10 +97,10 @@ def make_optimizers(
     """The optimizers of a GPT: every parameter is in exactly one group of one of them. A group's "scale" is its share
     of the learning rate. spread is World.spread: it shares the work of muon out among processes."""
     params = sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)  # matrices first
-    hidden = [p for name, p in params if config.optimizer == "muon" and is_hidden(name, p)]
+    hidden = [p for name, p in params if config.optimizer == "muon" and is_hidden(name, p.shape)]
     groups: dict[tuple, dict] = {}
     for name, p in params:
-        if config.optimizer != "muon" or not is_hidden(name, p):
+        if config.optimizer != "muon" or not is_hidden(name, p.shape):
             own = group_settings(name, p, config)
             groups.setdefault(tuple(own.values()), {"params": [], **own})["params"].append(p)
     if config.optimizer == "adafactor":
@@ -116,15 +116,15 @@ def make_optimizers(
     raise NotImplementedError(f"optimizer = {config.optimizer!r}")
 
 
-def is_hidden(name: str, p: Tensor) -> bool:
+def is_hidden(name: str, shape: torch.Size) -> bool:
     """Whether it is a matrix of a block; all other parameters are outer ones."""
-    return name.startswith("h.") and p.dim() == 2
+    return name.startswith("h.") and len(shape) == 2
 
 
 def group_settings(name: str, p: Tensor, config: OptimConfig) -> dict:
     """What AdamW does with this parameter."""
     lr, decay, betas = None, config.weight_decay, (config.beta1, config.beta2)
-    if not is_hidden(name, p):
+    if not is_hidden(name, p.shape):
         own = (config.outer_beta1, config.outer_beta2)
         betas = tuple(common if beta is None else beta for beta, common in zip(own, betas, strict=True))
         lr = config.vector_lr if p.dim() < 2 else config.head_lr if name == "lm_head.weight" else config.embed_lr

@@ -129,9 +129,8 @@ def starting_weights(
     config, weights = dataclasses.replace(theirs, **changes), dict(model.state_dict())
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-    for name in [
-        name for name in weights if name.startswith(("wte", "vte", "lm_head"))
-    ]:  # new rows: the mean of others
+    of_tokens = [name for name in weights if name.startswith(("wte", "vte", "lm_head"))]
+    for name in of_tokens:  # new rows start as the mean of the others
         new = weights[name].mean(0, keepdim=True)
         weights[name] = torch.cat([weights[name], *[new] * (config.vocab_size - theirs.vocab_size)])
     return config, weights
