@@ -107,8 +107,8 @@ def build_run(config: TrainConfig, gpt_config: GPTConfig, sources: dict[str, str
     """The run that train_gpt2.py would begin, without what happens between steps; on random tokens if the config names
     a data_dir that is not there. Nothing is written but to `folder`. Raises UserError as train_gpt2.py does."""
     config = replace(
-        config, resume=False, out_dir=str(folder / "run"), val_interval=0, target_val_loss=None, hellaswag_interval=0,
-        sample_interval=0,
+        config, resume=False, out_dir=str(folder / "run"), val_interval=0, target_val_loss=None, patience=None,
+        hellaswag_interval=0, sample_interval=0,
     )  # fmt: skip
     log = Metrics(config.out_dir, world.is_main)
     if not os.path.isdir(config.data_dir) and sources.get("data_dir") != "--data_dir":

@@ -88,7 +88,8 @@ def test_a_slow_start_is_no_part_of_a_step(data_dir, monkeypatch):
 
 
 def test_random_tokens_where_there_is_no_data(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("data_dir = 'data/nowhere'\nvocab_size = 300\nsample_interval = 1\n")
+    options = ["data_dir = 'data/nowhere'", "vocab_size = 300", "sample_interval = 1", "patience = 1"]
+    (tmp_path / "mine.py").write_text("\n".join(options))
     monkeypatch.chdir(tmp_path)
     done = call("bench.py", "mine.py", *FLAGS, "--steps=2")
     result = result_of(done)

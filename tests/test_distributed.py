@@ -2,12 +2,13 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import call_processes
+from conftest import ROOT, call_processes
 
 from configurator import TORCHRUN, UserError
 from distributed import (
@@ -39,6 +40,24 @@ def test_alone():
     assert world.spread(lambda x: x + 1, torch.zeros(3, 1, 1), rows=1).tolist() == [[[1.0]]] * 3
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch
+from distributed import World
+for device in (None, "cpu"):
+    World(device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    given_back, kept = (int(line) for line in done.stdout.split())
+    assert kept < given_back / 2  # a small block may land in a large hole, which is then too small
 
 
 def refuse(text):
