@@ -148,6 +148,7 @@ def kept_by_block(config: GPTConfig, setting: Setting) -> dict[str, float]:
         "q, k in float32, for their norms": 8 * C if config.qk_norm and cast else 0,
         "value embeddings, for their gains": 4 * C * min(1, 2 * config.value_embeds / config.n_layer),
         "attention's result": w * C,
+        "its gated form, and the gates": w * (C + 2 * config.n_head) if config.head_gate else 0,
         "attention's log of sums": 4 * config.n_head,
         "ln_2's input": norm_input * C,
         "c_fc and c_gate's input": (2 if cast and config.mlp == "swiglu" else 1) * w * C,

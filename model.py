@@ -47,6 +47,7 @@ class GPTConfig:
     rope_fraction: float = 1.0  # part of each head's dimensions that RoPE rotates; the others carry no position
     qk_norm: bool = False  # RMS-normalise q and k per head, before RoPE
     attn_scale: float | None = None  # of q k before the softmax; None: 1 / sqrt(hs)
+    head_gate: int = 0  # gates each head's result by this many dimensions of attention's input; 0: none
     embed_norm: bool = False  # one more norm, behind the embedding
     value_embeds: int = 0  # embeddings added to v: this many tables, for the first blocks and once more for the last
     head_bias: bool = False  # of the output head
@@ -66,6 +67,8 @@ class GPTConfig:
             raise ValueError(f"pos = 'rope' needs even heads; n_embd / n_head = {self.n_embd // self.n_head} is odd")
         if not 0 <= self.value_embeds <= self.n_layer:
             raise ValueError(f"value_embeds = {self.value_embeds}, but it must be between 0 and n_layer")
+        if not 0 <= self.head_gate <= self.n_embd:
+            raise ValueError(f"head_gate = {self.head_gate}, but it must be between 0 and n_embd")
         if not 0.0 < self.rope_fraction <= 1.0:
             raise ValueError(f"rope_fraction = {self.rope_fraction}, but it must be in (0, 1]")
         if self.init == "zero" and self.tie_weights:
@@ -259,11 +262,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.qk_norm = config.qk_norm
         self.scale = config.attn_scale
+        self.head_gate = config.head_gate
         self.dropout = config.dropout
         self.c_q = nn.Linear(C, C, bias=qkv_bias)
         self.c_k = nn.Linear(C, C, bias=qkv_bias)
         self.c_v = nn.Linear(C, C, bias=qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
+        if config.head_gate:
+            self.gate = nn.Linear(config.head_gate, config.n_head, bias=False)
         if config.value_embeds > min(layer, config.n_layer - 1 - layer):
             self.value_gain = nn.Parameter(torch.full((config.n_head,), 0.5))
         self.resid_drop = nn.Dropout(config.dropout)
@@ -293,7 +299,10 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, self.scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=self.scale)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2)  # (B, T, nh, hs)
+        if self.head_gate:  # Qiu et al. 2025, arXiv 2505.06708; from a few dimensions, as in speed runs
+            y = y * (2 * self.gate(x[..., : self.head_gate]).sigmoid()).unsqueeze(-1)
+        y = y.reshape(B, T, C)
         return self.resid_drop(self.c_proj(y if cache is None else y.to(x.dtype)))
 
 

@@ -27,8 +27,8 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 KINDS = {"learned": "gpt2", "rope": "llama"}  # Hugging Face's model_type by our pos
 # Of each: the flags of GPTConfig that it computes, and its names for the other fields.
 NEITHER = dict(
-    rope_fraction=1.0, qk_norm=False, attn_scale=None, embed_norm=False, value_embeds=0, head_bias=False,
-    logit_softcap=None,
+    rope_fraction=1.0, qk_norm=False, attn_scale=None, embed_norm=False, head_gate=0, value_embeds=0,
+    head_bias=False, logit_softcap=None,
 )  # fmt: skip
 FLAGS = {
     "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", **NEITHER),

@@ -18,7 +18,7 @@ VARIANTS = {
     "relu2 qk-norm": dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, bias=False),
     "speed run": dict(
         pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, rope_fraction=0.5, attn_scale=0.12, embed_norm=True,
-        value_embeds=1, tie_weights=False, head_bias=True, logit_softcap=15.0,
+        head_gate=12, value_embeds=1, tie_weights=False, head_bias=True, logit_softcap=15.0,
     ),
 }  # fmt: skip
 variants = pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS.keys())
@@ -217,6 +217,7 @@ def test_a_tree_of_sequences_in_one_row(flags):
         dict(attn_scale=0.0),
         dict(logit_softcap=-15.0),
         dict(value_embeds=3),
+        dict(head_gate=33),
         dict(init="zero"),
     ],
 )

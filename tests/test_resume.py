@@ -70,7 +70,10 @@ def fork(data_dir, out_dir, *args, main=train_gpt2.main, **kwargs):
     return Fork(main, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args, **kwargs)
 
 
-SPEEDRUN = ["--optimizer=muon", "--muon_size=spectral", "--vector_lr=0.01", "--value_embeds=1", "--average=0.3"]
+SPEEDRUN = [
+    "--optimizer=muon", "--muon_size=spectral", "--vector_lr=0.01", "--value_embeds=1", "--head_gate=8",
+    "--average=0.3",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adafactor"], SPEEDRUN])

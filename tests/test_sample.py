@@ -239,7 +239,8 @@ def test_one_row_that_is_not_finite(row):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_speed_up_changes_the_layout_alone(dtype, num_samples):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).to(dtype).eval()
+    config = GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, head_gate=8)
+    model = GPT(config).to(dtype).eval()
     idx = torch.randint(64, (num_samples, 20))
     with torch.inference_mode():
         before = model(idx)

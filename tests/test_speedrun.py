@@ -51,17 +51,20 @@ def logits_by_hand(w, idx, n_layer, n_head):
             v = v + w[f"{h}.attn.value_gain"][:, None, None] * heads(w["vte.0.weight"][idx])
         scores = 0.12 * turned(norm(q)) @ turned(norm(k)).mT
         scores = scores + torch.full((T, T), -math.inf).triu(1)
-        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        z = (scores.softmax(-1) @ v).transpose(1, 2)  # (B, T, nh, hs)
+        if f"{h}.attn.gate.weight" in w:
+            z = z * 2 / (1 + (-y[..., :12] @ w[f"{h}.attn.gate.weight"].T).exp())[..., None]
+        x = x + linear(z.flatten(2), f"{h}.attn.c_proj")
         y = linear(norm(x, w[f"{h}.ln_2.weight"]), f"{h}.mlp.c_fc")
         x = x + linear(y.clamp(min=0) ** 2, f"{h}.mlp.c_proj")
     z = linear(norm(x, w["ln_f.weight"]), "lm_head")
     return 15 * z / (z**2 + 225).sqrt()
 
 
-@pytest.mark.parametrize("tables", [0, 1])
-def test_the_model_is_the_recipes(tables):
-    """And value embeddings, which come on top of it: one table, in the first block and in the last."""
-    _, model = recipe(*SMALL, "--n_layer=3", f"--value_embeds={tables}")
+@pytest.mark.parametrize(("tables", "gate"), [(0, 0), (1, 0), (0, 12)])
+def test_the_model_is_the_recipes(tables, gate):
+    """And what comes on top of it: value embeddings, one table, in the first block and in the last; gates."""
+    _, model = recipe(*SMALL, "--n_layer=3", f"--value_embeds={tables}", f"--head_gate={gate}")
     assert [hasattr(block.attn, "value_gain") for block in model.h] == [tables > 0, False, tables > 0]
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)

@@ -166,8 +166,8 @@ def assert_same(out, want, atol=0.0):
 
 
 SPEEDRUN = [
-    "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--embed_norm=True", "--tie_weights=False",
-    "--head_bias=True", "--logit_softcap=15", "--average=0.5",
+    "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--head_gate=8", "--embed_norm=True",
+    "--tie_weights=False", "--head_bias=True", "--logit_softcap=15", "--average=0.5",
 ]  # fmt: skip
 
 
