@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import unwrap
 from typing import Literal
 
@@ -41,6 +42,7 @@ class OptimConfig:
     adam_eps: float = 1e-8  # AdamW: added to the root of that square
     muon_size: Literal["rms", "spectral"] = "rms"  # of its steps: as AdamW's, or orthogonal x sqrt(max(1, rows / cols))
     newton_schulz: Literal["fast", "exact"] = "fast"  # Muon: 5 iterations, or 12 that end closer to orthogonal
+    even_units: bool = False  # Muon: in a matrix that is not square, updates of one size for all hidden units
     grad_clip: float = 1.0  # longest gradient; 0: no clipping
     average: float = 0.0  # judge and save the weights' average over this part of the steps so far; 0: the last weights
 
@@ -190,7 +192,7 @@ class Muon(Untraced, torch.optim.Muon):
             ns_coefficients=coefficients, ns_steps=steps,
             adjust_lr_fn={"rms": "match_rms_adamw", "spectral": "original"}[config.muon_size],
         )  # fmt: skip
-        self.spread = spread
+        self.spread, self.even_units = spread, config.even_units
 
     @torch.no_grad()
     def step(self) -> None:
@@ -202,11 +204,16 @@ class Muon(Untraced, torch.optim.Muon):
                 weights = [own_rows(p) for p in params]
                 update = weights[0].new_empty(len(weights), *weights[0].shape, dtype=NEWTON_SCHULZ_DTYPE)
                 torch._foreach_copy_(update.unbind(), self.momentum(params, group["momentum"]))
-                update = self.spread(lambda x, group=group: orthogonalize(x, group), update, rows).float()
+                update = self.spread(partial(self.direction, group), update, rows).float()
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 rms = group["adjust_lr_fn"] == "match_rms_adamw"
                 size = 0.2 * math.sqrt(max(rows, cols)) if rms else math.sqrt(max(1, rows / cols))
                 torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"] * size)
+
+    def direction(self, group: dict, x: Tensor) -> Tensor:
+        """Matrices (n, rows, cols) of gradients -> of updates."""
+        x = orthogonalize(x, group)
+        return even_out(x) if self.even_units and x.size(-2) != x.size(-1) else x
 
     def momentum(self, params: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's: the running mean of the gradients, and the gradient once more."""
@@ -229,6 +236,14 @@ def orthogonalize(x: Tensor, group: dict) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def even_out(x: Tensor) -> Tensor:
+    """Orthogonal matrices (n, rows, cols) -> all rows, or all columns if those are more, of one length, the sum of
+    squares kept. NorMuon (Li et al. 2025, arXiv 2510.05491) without its memory: the same gain here, and no state."""
+    short, long = sorted(x.shape[-2:])
+    norms = x.norm(dim=-1 if x.size(-2) > x.size(-1) else -2, keepdim=True)
+    return x * (math.sqrt(short / long) / norms.clamp(min=1e-7))
 
 
 class Adafactor(Untraced, torch.optim.Adafactor):

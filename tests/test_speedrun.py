@@ -157,6 +157,25 @@ def test_an_update_is_orthogonal(rows, cols):
     assert sizes.sub(math.sqrt(max(1, rows / cols))).abs().max() < 0.03 * sizes.max()
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(256, 64), (64, 256), (64, 64)])
+def test_an_even_update_has_one_size_for_all_units(rows, cols):
+    torch.manual_seed(0)
+    momentum, updates = torch.randn(rows, cols) * torch.rand(rows, 1) * torch.rand(cols), []
+    for even in (False, True):
+        config, model = recipe(*SMALL, f"--even_units={even}")
+        _, muon = make_optimizers(model, config)
+        updates.append(muon.direction(muon.param_groups[0], momentum[None])[0])
+    orthogonal, update = updates
+    if rows == cols:  # its rows and columns have one length already
+        assert torch.equal(orthogonal, update)
+        return
+    units = [(orthogonal[i], update[i]) if rows > cols else (orthogonal[:, i], update[:, i]) for i in range(256)]
+    assert max(unit.norm() for unit, _ in units) > 1.5 * min(unit.norm() for unit, _ in units)
+    for before, after in units:
+        assert torch.allclose(after, before / before.norm() / 2, atol=1e-6)  # 256 of them, 64 in all
+    assert update.norm().item() == pytest.approx(8)
+
+
 def test_the_schedule_is_the_recipes():
     config, _ = recipe(*SMALL)
     for step in range(1, 3251):
