@@ -96,11 +96,6 @@ class World:
         elif self.device.type == "cpu" and sys.platform == "linux":
             keep_freed_memory()
 
-    def on_bfloat16_cpu(self) -> bool:
-        """Whether this is a CPU that computes products in bfloat16. "auto" leaves them in float32 all the same: a run's
-        losses shall not depend on which CPU it is on."""
-        return is_bfloat16_cpu(self.device)
-
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Share out all weights, and with them gradients and optimizer states, over all ranks, in place: FSDP2 (Zhao et
         al. 2023, arXiv 2304.11277). Each block is whole only while it computes, on GPUs in `dtype`; the rest of the
@@ -384,6 +379,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def is_bfloat16_cpu(device: torch.device) -> bool:
+    """Whether this is a CPU that computes products in bfloat16. Training leaves them in float32 all the same, unless
+    asked: a run's losses shall not depend on which CPU it is on."""
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 

@@ -29,7 +29,17 @@ from tqdm import tqdm
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
-from distributed import StopRequest, World, autocast, hardware, machine, make_deterministic, peak_memory, pick_dtype
+from distributed import (
+    StopRequest,
+    World,
+    autocast,
+    hardware,
+    is_bfloat16_cpu,
+    machine,
+    make_deterministic,
+    peak_memory,
+    pick_dtype,
+)
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import Average, OptimConfig, learning_rate, make_optimizers
@@ -541,7 +551,7 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
         data = {name: value for name, value in start.meta.items() if name != "shards"}
         log.write("run", **configs, parameters=parameters, max_steps=plan.max_steps, data=data, **about)
     epochs = plan.max_steps * plan.rows / num_windows
-    faster = " (--dtype=bfloat16 is faster here)" if config.dtype == "auto" and world.on_bfloat16_cpu() else ""
+    faster = " (--dtype=bfloat16 is faster here)" if config.dtype == "auto" and is_bfloat16_cpu(world.device) else ""
     log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}{faster}")
     log.say(f"data: {num_windows:,} windows of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
     parts = f"{plan.micro_batches} micro-batches x {world.size} processes x {config.batch_size}"

@@ -41,8 +41,10 @@ def step(who, folder):
     torch.manual_seed(0)
     if who == "ours":
         model = our_model()
+        from distributed import World
         from optim import OptimConfig, make_optimizers
 
+        World("cpu")  # as in train_gpt2.py: freed memory is kept
         [optimizer] = make_optimizers(model, OptimConfig())
         model.compile()
     else:
