@@ -193,7 +193,8 @@ def draw_ends(axes: "Axes", groups: Sequence[Group], unit: str) -> None:
             ends = [values[-1] for values in curve.runs]
             axes.plot([i] * len(ends), ends, "o", color=color, markersize=5, alpha=0.6)
             axes.plot([i - 0.25, i + 0.25], [curve.mean[-1]] * 2, color=color, linewidth=2)
-            label = f"{curve.mean[-1]:.3f}" + (f"\n{min(ends):.3f}–{max(ends):.3f}" if len(ends) > 1 else "")
+            ranged = len(ends) > 1 and len(groups) <= 4  # those of more groups would overlap; the table has them
+            label = f"{curve.mean[-1]:.3f}" + (f"\n{min(ends):.3f}–{max(ends):.3f}" if ranged else "")
             axes.annotate(
                 label, (i, max(ends)), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color
             )
