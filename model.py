@@ -123,7 +123,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """gpt2: N(0, 0.02), but both projections back into the residual stream N(0, 0.02 / sqrt(2 L)). zero: matrices
-        as torch's nn.Linear, U(+-1 / sqrt(fan_in)) by its variance; value embeddings 0. Biases are 0."""
+        as torch's nn.Linear, U(+-1 / sqrt(fan_in)) by its variance. Biases are 0."""
         zero = self.config.init == "zero"
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0 if zero else 0.02)
@@ -135,8 +135,7 @@ class GPT(nn.Module):
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer))
         if module is self and zero:
-            for part in (self.lm_head, *self.vte):
-                nn.init.zeros_(part.weight)
+            nn.init.zeros_(self.lm_head.weight)
 
     def hidden(
         self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
