@@ -18,5 +18,4 @@ ROWS = {
     "recipe_ve_gate": [*RECIPE, "--value_embeds=2", "--head_gate=12"],
     "recipe_all": [*RECIPE, *KEPT],
     "recipe_all_0.85_of_the_steps": [*RECIPE, *KEPT, "--max_steps=340"],
-    "recipe_all_0.8_of_the_steps": [*RECIPE, *KEPT, "--max_steps=320"],
 }
