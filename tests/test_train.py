@@ -167,7 +167,7 @@ def assert_same(out, want, atol=0.0):
 
 SPEEDRUN = [
     "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--head_gate=8", "--embed_norm=True",
-    "--tie_weights=False", "--head_bias=True", "--logit_softcap=15", "--average=0.5",
+    "--tie_weights=False", "--head_bias=True", "--logit_softcap=15", "--average=0.5", "--even_units=True",
 ]  # fmt: skip
 
 
