@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, check
 from distributed import copy_like
@@ -175,13 +176,29 @@ def misfits(values: dict, types: dict[str, tuple]) -> list[str]:
     return [name for name, allowed in types.items() if name not in values or type(values[name]) not in allowed]
 
 
+class NoInit(TorchFunctionMode):
+    """Inside, new modules draw no weights: on "meta" that would import torch's compiler, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        draws = getattr(function, "__module__", None) == "torch.nn.init"
+        return None if draws else function(*args, **(kwargs or {}))
+
+
+def model_of(config: GPTConfig, weights: dict[str, Tensor], path: Path | str) -> GPT:
+    """A model whose weights are these very tensors. Raises UserError as load_weights does."""
+    with torch.device("meta"), NoInit():
+        model = GPT(config)
+    load_weights(model, weights, path, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+    return model
+
+
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
     """Put weights into a model: copies, or the tensors themselves (assign). Raises UserError, naming the tensor, unless
     they are the model's float32 weights: all of them and no others."""
     check_tensors(weights, {name: p.shape for name, p in model.state_dict().items()}, f"{path}:")
     model.load_state_dict(weights, assign=assign)
-    if assign and model.config.tie_weights:
-        model.lm_head.weight = model.wte.weight
 
 
 def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:

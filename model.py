@@ -80,8 +80,7 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the positions a model has seen, so that a new token costs one position of work.
 
-    Holds up to `max_len` positions of `batch_size` sequences; `GPT.forward(idx, cache=cache)` appends idx's. Attention
-    is computed in its `dtype`.
+    Holds up to `max_len` positions of `batch_size` sequences; `GPT.forward(idx, cache=cache)` appends idx's.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device=None, dtype=None):
@@ -292,7 +291,6 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            q = q.to(k.dtype)
         p = self.dropout if self.training else 0.0
         causal = mask is None and k.size(2) == T  # a single new position sees all of the past
         if causal and not p and 1 < T <= 256 and q.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -303,7 +301,7 @@ class CausalSelfAttention(nn.Module):
         if self.head_gate:  # Qiu et al. 2025, arXiv 2505.06708; from a few dimensions, as in speed runs
             y = y * (2 * self.gate(x[..., : self.head_gate]).sigmoid()).unsqueeze(-1)
         y = y.reshape(B, T, C)
-        return self.resid_drop(self.c_proj(y if cache is None else y.to(x.dtype)))
+        return self.resid_drop(self.c_proj(y))
 
 
 class MLP(nn.Module):

@@ -16,6 +16,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from distributed import is_bfloat16_cpu, pick_device, pick_dtype
+from distributed import pick_device, pick_dtype
 from model import GPT, KVCache, without_cudnn
 from weights import encoding_of, load_model
 
@@ -61,10 +62,9 @@ def main() -> int:
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
-    fastest = "bfloat16" if config.dtype == "auto" and is_bfloat16_cpu(device) else config.dtype
-    dtype = pick_dtype(fastest, device)
-    model = model.to(dtype).eval()
-    speed_up(model, config.num_samples)
+    packed = packs(device) and config.dtype in ("auto", "float16")
+    dtype = torch.float16 if packed else pick_dtype(config.dtype, device)
+    model = (pack(model) if packed else model.to(dtype)).eval()
     asks = "start" not in given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     starts = ask() if asks else [read_start(config.start)]
     print(f"{path}, seed {config.seed}, {str(dtype).removeprefix('torch.')}\n---", file=sys.stderr, flush=True)
@@ -123,34 +123,32 @@ def read_start(start: str) -> str:
         raise UserError(f"--start=FILE:{path}: not a text in UTF-8") from None
 
 
-def speed_up(model: GPT, num_samples: int) -> None:
-    """Lay out a CPU's matrices for products with num_samples rows, whose cost is to read the matrix. In place; for
-    generation only. Results are equal to the bit in bfloat16, to rounding in float32."""
-    weight = model.lm_head.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return
-    if weight.dtype == torch.float32 and num_samples == 1:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):  # column by column, which MKL reads 1.3 times as fast
-                module.weight.data = module.weight.data.t().contiguous().t()
-    elif weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and is_bfloat16_cpu(weight.device)):
-        for parent in list(model.modules()):
-            for name, module in parent.named_children():
-                if isinstance(module, nn.Linear):
-                    setattr(parent, name, PackedLinear(module, num_samples))
+def packs(device: torch.device) -> bool:
+    """Whether torch can multiply by float16 matrices here: on CPUs with AVX2."""
+    return device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear in oneDNN's own layout, as torch.compile packs it with "freezing": it is not rearranged for every
-    product, which takes as long as the product of a few rows itself."""
+    """An nn.Linear with its matrix in float16, in FBGEMM's layout. Input, sums and output are float32. A product with a
+    few rows takes as long as reading the matrix: half of the bytes are half of the time."""
 
-    def __init__(self, linear: nn.Linear, rows: int):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, rows)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.data, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def pack(model: GPT) -> GPT:
+    """Put PackedLinears in place of a float32 model's matrices, for generation only; the model itself."""
+    found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    linears = [place for place in found if isinstance(place[2], nn.Linear)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
+        packed = list(pool.map(PackedLinear, [place[2] for place in linears]))
+    for (parent, name, _), linear in zip(linears, packed, strict=True):
+        setattr(parent, name, linear)
+    return model
 
 
 def complete(
@@ -195,9 +193,7 @@ def generate(
     """
     config, block_size = model.config, model.config.block_size
     total = min(block_size, idx.size(1) + max_new_tokens)
-    # torch's attention on a CPU converts every tile of bfloat16: in float32 it is 4 to 8 times as fast.
-    dtype = torch.float32 if idx.device.type == "cpu" else model.wte.weight.dtype
-    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=dtype)
+    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
     context = new = idx[:, -block_size:]
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):

@@ -88,9 +88,7 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
         raise UserError(f"{path} {wrong}")
     state = checkpoint.load(path)
     config = checkpoint.gpt_config(state, path)
-    with torch.device("meta"):  # no time or memory for weights that are replaced
-        model = GPT(config)
-    checkpoint.load_weights(model, state["model"], path, assign=True)
+    model = checkpoint.model_of(config, state["model"], path)
     return model.to(device), state["tokenizer"], path
 
 
@@ -158,9 +156,7 @@ def load_folder(folder: Path) -> GPT:
                 if not str(tensor).endswith(".masked_bias"):  # a buffer of old files
                     raise UserError(f"{folder}: config.json and weights differ: {problem.replace('_', ' ')}: {tensor}")
         weights = {name: tensor.contiguous() for name, tensor in by_our_names(theirs.state_dict()).items()}
-        with torch.device("meta"):  # no time or memory for weights that are replaced
-            model = GPT(config)
-        checkpoint.load_weights(model, weights, folder, assign=True)
+        model = checkpoint.model_of(config, weights, folder)
         check_same_logits(model, theirs, folder)
     return model
 

@@ -97,7 +97,7 @@ def call_processes(main, args, processes):
     failed = None
     while running := [rank for rank in ranks if rank.exitcode is None]:
         in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=60)
-        failed = failed or next((rank for rank in ranks if rank.exitcode), None)
+        failed = failed or min((rank for rank in ranks if rank.exitcode), key=Fork.last_word, default=None)
         for rank in running:
             if failed or not in_time:
                 rank.kill()
@@ -133,6 +133,10 @@ class Fork(multiprocessing.get_context("fork").Process):
         """What it has written so far."""
         file = getattr(self, stream).fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+    def last_word(self):
+        """When it last wrote to stderr: where two have failed, one told why before the other missed it."""
+        return os.fstat(self.err.fileno()).st_mtime_ns
 
     def until(self, text):
         """Wait until it has written this, behind what was waited for before."""

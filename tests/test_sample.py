@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,11 +14,12 @@ import tokenizers
 import torch
 from conftest import ROOT, call
 from test_model import batch, make, variants
+from torch import nn
 
 import checkpoint
 from configurator import cli
 from model import GPT, GPTConfig
-from sample import complete, generate, main, sample_token, speed_up
+from sample import complete, generate, main, pack, sample_token
 from tokenizer import get_tokenizer
 from weights import load_model
 
@@ -236,35 +238,22 @@ def test_one_row_that_is_not_finite(row):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_speed_up_changes_the_layout_alone(dtype, num_samples):
+def test_packing_rounds_the_matrices_alone(num_samples):
     torch.manual_seed(0)
     config = GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, head_gate=8)
-    model = GPT(config).to(dtype).eval()
-    idx = torch.randint(64, (num_samples, 20))
+    model, idx = GPT(config).eval(), torch.randint(64, (num_samples, 20))
+    embedding = model.wte.weight.clone()
+    rounded = copy.deepcopy(model)
+    rounded.lm_head.weight = nn.Parameter(rounded.lm_head.weight.data)  # the embedding itself keeps its float32
+    for module in rounded.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.half().float()
     with torch.inference_mode():
-        before = model(idx)
-        speed_up(model, num_samples)
-        after = model(idx)
-    assert torch.equal(after, before) if dtype == torch.bfloat16 else torch.allclose(after, before, atol=1e-6)
-    if dtype == torch.float32 and num_samples == 1 and torch.backends.mkldnn.is_available():
-        assert model.h[0].mlp.c_fc.weight.stride() == (1, 128)
-        assert model.lm_head.weight is model.wte.weight
-
-
-def test_attention_on_a_cpu_is_in_float32(monkeypatch):
-    """Whatever the weights are: in bfloat16 it would be many times as slow."""
-    model, idx = make().to(torch.bfloat16).eval(), batch(T=20)[0]
-    inputs, attention = [], torch.nn.functional.scaled_dot_product_attention
-    with torch.no_grad():
-        want = model(idx)[:, -1].float().argmax(-1)
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention",
-        lambda q, k, v, *args, **kwargs: inputs.extend([q, k, v]) or attention(q, k, v, *args, **kwargs),
-    )  # fmt: skip
-    first, *_ = generate(model, idx, 3, temperature=0.0)
-    assert {tensor.dtype for tensor in inputs} == {torch.float32}
-    assert torch.equal(first, want)
+        exact, want, got = model(idx), rounded(idx), pack(model)(idx)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert not torch.allclose(got, exact, atol=1e-6)
+    assert torch.equal(model.wte.weight, embedding)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
 @pytest.fixture
@@ -381,12 +370,18 @@ def test_attention_is_not_cudnns(folder, cudnn):
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_dtype_is_the_fastest(folder, monkeypatch, has_bfloat16):
-    monkeypatch.setattr("sample.is_bfloat16_cpu", lambda device: has_bfloat16)
-    monkeypatch.setattr("sample.speed_up", lambda *args: None)  # which would believe it
-    monkeypatch.setattr("sample.complete", lambda model, *args, **kwargs: [[str(model.wte.weight.dtype)]])
-    for asked, dtype in (("auto", "bfloat16" if has_bfloat16 else "float32"), ("float16", "float16")):
+@pytest.mark.parametrize("packs", [True, False])
+def test_dtype_is_the_fastest(folder, monkeypatch, packs):
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86" if packs else "qnnpack")
+    monkeypatch.setattr(
+        "sample.complete", lambda model, *args, **kwargs: [[f"{model.wte.weight.dtype} {model.lm_head}"]]
+    )
+    plain = "Linear(in_features=16, out_features=320, bias=False)"
+    for asked, dtype, weights in (
+        ("auto", *(("float16", "float32 PackedLinear()") if packs else ("float32", f"float32 {plain}"))),
+        ("float16", "float16", "float32 PackedLinear()" if packs else f"float16 {plain}"),
+        ("bfloat16", "bfloat16", f"bfloat16 {plain}"),
+    ):
         done = sample(folder, f"--dtype={asked}")
-        assert done.stdout == f"torch.{dtype}\n"
+        assert done.stdout == f"torch.{weights}\n"
         assert f", {dtype}\n" in done.stderr

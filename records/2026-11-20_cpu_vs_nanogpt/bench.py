@@ -81,11 +81,11 @@ def sample(who, folder):
     dtype = getattr(torch, os.environ.get("DTYPE", "float32"))
     prompt = torch.randint(50257, (samples, 16))
     if who == "ours":
-        model = our_model().to(dtype).eval()
         from sample import generate as sample_from
-        from sample import speed_up
+        from sample import pack
 
-        speed_up(model, samples)
+        model = our_model().eval()
+        model = pack(model) if dtype == torch.float16 else model.to(dtype)
 
         def generate():
             return len(list(sample_from(model, prompt, new, temperature=0.8, top_k=200)))

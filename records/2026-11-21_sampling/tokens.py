@@ -20,14 +20,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
-from sample import generate, speed_up  # noqa: E402
+from sample import generate, pack  # noqa: E402
 
 NEW = 16
 
 
 def ours(dtype, prompt):
-    model = GPT(GPTConfig(vocab_size=50304)).eval().to(dtype)
-    speed_up(model, len(prompt))
+    model = GPT(GPTConfig(vocab_size=50304)).eval()
+    model = pack(model) if dtype == torch.float16 else model.to(dtype)
     return lambda: ticks(generate(model, prompt, NEW, 0.8, 200, vocab_size=50257, eot=50256))
 
 
@@ -67,17 +67,17 @@ def main():
     for samples in (1, 4):
         prompt = torch.randint(50257, (samples, 64))
         runs = {}
-        for name in ("bfloat16", "float32"):
-            dtype = getattr(torch, name)
-            runs[f"ours {name}"] = ours(dtype, prompt)
-            runs[f"transformers {name}"] = theirs(dtype, prompt)
+        for name in ("float16", "bfloat16", "float32"):
+            runs[f"ours {name}"] = ours(getattr(torch, name), prompt)
+        for name in ("float16", "bfloat16", "float32"):
+            runs[f"transformers {name}"] = theirs(getattr(torch, name), prompt)
         found = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 found[name].append(statistics.median(run()))
             print(samples, *(f"{name} {times[-1]:.1f}" for name, times in found.items()), flush=True)
         for name, times in found.items():
-            ratio = statistics.median(b / a for a, b in zip(found["ours bfloat16"], times, strict=True))
+            ratio = statistics.median(b / a for a, b in zip(found["ours float16"], times, strict=True))
             print(f"{samples} samples {name:22} {statistics.median(times):6.1f} ms  {ratio:.2f} x", flush=True)
     print("load", *(f"{load:.1f}" for load in os.getloadavg()))
 

@@ -468,15 +468,14 @@ def sampling(card: Card) -> dict:
     """Tokens a second as sample.py makes them, of one text and of 16 at once: the first time, and again."""
     import torch
 
-    from sample import complete, speed_up
+    from sample import complete, pack
     from tokenizer import get_tokenizer
 
     enc, model = get_tokenizer("bytes"), random_model(card)
     with torch.no_grad():  # the end of a text is never drawn
         model.ln_f.bias.fill_(1.0)
         model.wte.weight[enc.eot_token] = -1.0
-    model = model.to(torch.bfloat16 if card.device == "cuda" else torch.float32).eval()
-    speed_up(model, 1)
+    model = (model.to(torch.bfloat16) if card.device == "cuda" else pack(model)).eval()
     count = 32 if card.small else 256
     numbers, text = {}, []
     for samples in (1, 16):
