@@ -38,7 +38,8 @@ import torch
 
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import read_meta, train_batches
-from distributed import World, hardware, machine, pick_dtype
+from device import hardware, machine, pick_dtype
+from distributed import World
 from memory import Foreseen, Setting, foresee
 from metrics import Metrics
 from model import GPTConfig
@@ -169,7 +170,8 @@ def measure(bench: BenchConfig, run: Run, built: float) -> dict:
         ms=median, ms_min=min(ms), ms_max=max(ms), ms_mean=statistics.mean(ms), parts=parts,
         peak_memory_gb=peak_memory / 1e9, setup_seconds=built + (first - median) / 1e3,
         skipped=sum(skipped[bench.warmup : bench.warmup + bench.steps]), losses=losses,
-        parameters=run.model.num_params(), **machine(world, pick_dtype(config.dtype, device)),
+        parameters=run.model.num_params(), world_size=world.size,
+        **machine(device, pick_dtype(config.dtype, device)),
         config=asdict(config), gpt_config=asdict(run.model.config),
     )  # fmt: skip
 

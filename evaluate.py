@@ -38,7 +38,8 @@ from torch.nn import functional as F
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, data_tokenizer, open_shard, read_meta
-from distributed import World, autocast, pick_dtype
+from device import autocast, pick_dtype
+from distributed import World
 from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
 from weights import load_model

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from distributed import World, autocast, pick_dtype
+from device import autocast, pick_dtype
+from distributed import World
 from evaluate import deal, token_losses
 from files import whole_file
 from model import GPT, without_cudnn

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from distributed import pick_device, pick_dtype
+from device import pick_device, pick_dtype
 from model import GPT, KVCache, without_cudnn
 from weights import encoding_of, load_model
 

@@ -20,7 +20,8 @@ import torch
 import checkpoint
 from configurator import UserError, check, out_of_memory
 from dataloader import DataGuard, Windows, data_tokenizer, read_meta
-from distributed import World, code
+from device import check_tokens, code
+from distributed import World
 from metrics import Metrics, read_metrics
 from model import GPTConfig
 
@@ -237,6 +238,7 @@ def check_options(config: Any, gpt_config: GPTConfig, meta: dict, tokenizer: str
         raise UserError(f"seq_len = {T} is more than block_size = {gpt_config.block_size}")
     if config.val_interval and config.val_tokens < T:
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
+    check_tokens(config.batch_size, T, world.device)
     if config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
         below = config.total_batch_size // one_round * one_round

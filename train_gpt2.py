@@ -29,17 +29,8 @@ from tqdm import tqdm
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure, under_torchrun
 from dataloader import train_batches, val_batches
-from distributed import (
-    StopRequest,
-    World,
-    autocast,
-    hardware,
-    is_bfloat16_cpu,
-    machine,
-    make_deterministic,
-    peak_memory,
-    pick_dtype,
-)
+from device import autocast, hardware, is_bfloat16_cpu, machine, make_deterministic, peak_memory, pick_dtype
+from distributed import StopRequest, World
 from metrics import Metrics, bits_per_byte, word_loss
 from model import GPT, GPTConfig
 from optim import Average, OptimConfig, learning_rate, make_optimizers
@@ -543,7 +534,8 @@ def announce(run: Run, state: State, no_hellaswag: str | None) -> None:
     """The first record of a run, or of its going on, and the first lines on the terminal."""
     start, world, log = run.start, run.world, run.log
     config, plan, num_windows = start.config, start.plan, len(start.train_data)
-    parameters, about = run.model.num_params(), machine(world, pick_dtype(config.dtype, world.device))
+    parameters, about = run.model.num_params(), machine(world.device, pick_dtype(config.dtype, world.device))
+    about |= dict(world_size=world.size, launch=world.launch)
     if start.path:
         log.write("event", event="resume", step=state.step, checkpoint=start.path.name, changed=start.changed, **about)
     else:

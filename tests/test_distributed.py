@@ -1,30 +1,17 @@
 import os
 import platform
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, call_processes
+from conftest import call_processes
 
 from configurator import TORCHRUN, UserError
-from distributed import (
-    PEAK_FLOPS,
-    StopRequest,
-    World,
-    check_tokens,
-    code,
-    git_commit,
-    hardware,
-    own_store,
-    pick_device,
-    pick_dtype,
-)
+from distributed import StopRequest, World, own_store
 
-CPU, MPS = torch.device("cpu"), torch.device("mps")
+CPU = torch.device("cpu")
 
 
 def test_alone():
@@ -40,24 +27,6 @@ def test_alone():
     assert world.spread(lambda x: x + 1, torch.zeros(3, 1, 1), rows=1).tolist() == [[[1.0]]] * 3
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.ones(1, 2)) is model
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_is_kept_for_the_next_step():
-    code = """
-import resource, torch
-from distributed import World
-for device in (None, "cpu"):
-    World(device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(16 << 20)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
-    given_back, kept = (int(line) for line in done.stdout.split())
-    assert kept < given_back / 2  # a small block may land in a large hole, which is then too small
 
 
 def refuse(text):
@@ -150,35 +119,6 @@ def test_each_life_of_a_group_has_a_store_of_its_own():
         assert [stores[life, rank].get("address").decode() for rank in range(3)] == [f"of life {life}"] * 3
 
 
-def test_the_code_in_use(tmp_path):
-    found = code()
-    assert found["torch is"] == torch.__version__
-    assert {"distributed.py has checksum", "configurator.py has checksum"} <= found.keys()
-    assert not any(name.startswith(("conftest", "test_")) for name in found)
-
-
-def test_devices():
-    assert pick_device("cpu") == CPU
-    if not torch.cuda.is_available():
-        assert pick_device("auto").type in ("cpu", "mps")
-    for wrong in ("gpu", "cuda:99", "meta", "cpu:1", "cuda:1000000000000"):
-        with pytest.raises(UserError, match=wrong):
-            pick_device(wrong)
-
-
-def test_dtypes():
-    assert pick_dtype("auto", CPU) == torch.float32
-    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
-
-
-def test_no_peak_is_guessed(monkeypatch):
-    assert hardware(CPU) == ("cpu", None)
-    for name, peak in [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)]:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert hardware(torch.device("cuda", 0)) == (name, peak)
-    assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())
-
-
 @pytest.mark.parametrize(
     "given", [{"WORLD_SIZE": "4"}, {"RANK": "0"}, {"LOCAL_RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}]
 )
@@ -196,13 +136,6 @@ def test_an_environment_that_is_not_torchruns(monkeypatch):
         monkeypatch.setenv(name, "x")
     with pytest.raises(UserError, match="must be numbers"):
         World("cpu")
-
-
-def test_the_commit_is_that_of_this_code(monkeypatch, tmp_path):
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    here = git_commit()
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert git_commit() == here
 
 
 @pytest.fixture
@@ -250,23 +183,3 @@ def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop
     assert stop.reason == "torchrun is gone"
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_refused_on_mps(dtype):
-    assert pick_dtype("auto", MPS) == pick_dtype("float32", MPS) == torch.float32
-    with pytest.raises(UserError, match=f"'{dtype}'.* MPS,.*--dtype=float32"):
-        pick_dtype(dtype, MPS)
-
-
-def test_micro_batches_that_mps_cannot_do_are_refused():
-    check_tokens(32, 1024, MPS)
-    check_tokens(64, 1024, CPU)
-    with pytest.raises(UserError, match=r"33 x seq_len 1024 = 33792 tokens.*--batch_size=32"):
-        check_tokens(33, 1024, MPS)
-
-
-def test_dtype_of_cards(monkeypatch):
-    for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, yes=computes: yes)
-        assert pick_dtype("auto", torch.device("cuda", 0)) == dtype

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from configurator import UserError
 from model import GPTConfig
@@ -32,7 +33,7 @@ def test_merge():
 def test_the_nearest_sizes_of_a_step_are_named(size, near):
     config = TrainConfig(seq_len=8, batch_size=2, total_batch_size=size)
     with pytest.raises(UserError, match=f"batch_size 2 x seq_len 8 x 3 processes; {near}$"):
-        check_options(config, TINY, {}, None, SimpleNamespace(size=3))
+        check_options(config, TINY, {}, None, SimpleNamespace(size=3, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

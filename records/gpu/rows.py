@@ -189,7 +189,7 @@ def machine(card: Card) -> dict:
     """What it is, and its two ceilings: a large matrix product in bf16, and a copy."""
     import torch
 
-    from distributed import git_commit, hardware
+    from device import git_commit, hardware
 
     n, size = (256, 1 << 20) if card.small else (8192, 1 << 31)
     a, b = (torch.randn(n, n, device=card.device, dtype=torch.bfloat16) for _ in "ab")
@@ -492,7 +492,8 @@ def hellaswag_rate(card: Card) -> dict:
     """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
 
     import hellaswag
-    from distributed import World, autocast, pick_dtype
+    from device import autocast, pick_dtype
+    from distributed import World
     from tokenizer import get_tokenizer
 
     world, model = World(card.device), random_model(card)
