@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from rows import ROWS, Card, Row, Skip, prepare
 
+stopped: list[int] = []  # the signals that asked this process to end
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +29,8 @@ def main() -> int:
     for name in ("row", "work", "seconds"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of a row's own process
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and `driven` ends what it has started
+    for number in (signal.SIGTERM, signal.SIGINT):  # an exception out of here could leave subprocess's lock locked
+        signal.signal(number, lambda number, _: stopped.append(number))
     small = given.size == "small" or (given.size is None and given.device == "cpu")
     text, nanogpt = (str(Path(path).resolve()) if path else None for path in (given.text, given.nanogpt))
     out = given.out_dir.resolve()
@@ -55,7 +58,10 @@ def main() -> int:
         for row in chosen:
             end = ends.setdefault(row.part, time.monotonic() + given.limit)  # its part begins with its first row
             write(out, kept)
-            kept[row.name] = driven(card, row, end - time.monotonic())
+            result = driven(card, row, end - time.monotonic())
+            if stopped:
+                return 128 + stopped[0]
+            kept[row.name] = result
             print(f"{row.name:28} {kept[row.name]['status']:10} {kept[row.name]['result']}", flush=True)
         write(out, kept)
     return 0
@@ -77,15 +83,12 @@ def driven(card: Card, row: Row, left: float) -> dict:
         start = file.tell()
         print(f"\n==== {row.name}", file=file, flush=True)
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        status = None
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {seconds:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            process.wait()
+        while process.poll() is None and not stopped and time.monotonic() < began + seconds:
+            time.sleep(0.02)
+        status = f"stopped after {seconds:.0f} s" if process.poll() is None else None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
     about["seconds"] = round(time.monotonic() - began, 1)
     if answer.exists():
         return about | json.loads(answer.read_text())
