@@ -238,3 +238,9 @@ def word_loss(loss: float, meta: dict) -> float | None:
     hard as the rest (evaluate.py predicts them too)."""
     tokens, words = meta.get("val_tokens", 0), meta.get("val_words", 0)
     return loss * (tokens - 1) / (words - 1) if tokens > 1 and words > 1 else None
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 3661 -> 1:01:01."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

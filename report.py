@@ -23,7 +23,7 @@ import history
 from configurator import PathStr, UserError, at_least, check, cli, configure
 from files import whole_file
 from history import Group, History, last_step
-from metrics import bits_per_byte
+from metrics import bits_per_byte, clock
 from plots import plots
 
 KNOWN_AT_THE_START = ("val data", "hardware", "parameters")
@@ -176,11 +176,6 @@ def val_data(run: History) -> str:
     split = made_from.get("val_split")
     source = made_from.get("dataset") or made_from.get("files") or made_from.get("url") or run.settings.get("data_dir")
     return f"{part} of {f'split {split} of ' if split else 'the val shards of '}{source}"
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -31,7 +31,7 @@ from configurator import PathStr, UserError, at_least, cli, configure, under_tor
 from dataloader import train_batches, val_batches
 from device import autocast, hardware, is_bfloat16_cpu, machine, make_deterministic, peak_memory, pick_dtype
 from distributed import StopRequest, World
-from metrics import Metrics, bits_per_byte, word_loss
+from metrics import Metrics, bits_per_byte, clock, word_loss
 from model import GPT, GPTConfig
 from optim import Average, OptimConfig, learning_rate, make_optimizers
 from start import Plan, Start, advice_on_memory, compiles, load_hellaswag, look
@@ -616,11 +616,6 @@ def warn_of_long_steps(log: Metrics, seconds: float) -> None:
             f"a step takes {seconds:.0f} s, but torchrun kills what has not ended 30 s after a signal: start it with "
             f"torchrun --shutdown-timeout={120 + 2 * round(seconds)}, or a stopped run is not saved"
         )
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 if __name__ == "__main__":
