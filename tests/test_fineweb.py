@@ -24,6 +24,7 @@ from conftest import call
 
 import fineweb
 import sources
+import tokenizer
 from configurator import UserError, configure
 from dataloader import read_meta
 from files import lock_folder
@@ -87,6 +88,22 @@ def read_shard(path):
 
 def read_split(out_dir, split):
     return [token for path in sorted(out_dir.glob(f"*_{split}_*.bin")) for token in read_shard(path)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_gigatoken():
+    """Loading a vocabulary takes a tenth of a second: here once."""
+    loaded = {}
+
+    def load(tokens, load=tokenizer.load_gigatoken):
+        key = b" ".join(tokens)
+        if key not in loaded:
+            loaded[key] = load(tokens)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "load_gigatoken", load)
+        yield
 
 
 def checksums(out_dir, names):

@@ -506,13 +506,12 @@ def test_windows(files, seq_len):
 
 @pytest.fixture(scope="module")
 def small():
-    """No waiting for the disk; small pieces, batches and blocks, so that small data has many."""
+    """Small pieces, batches and blocks, so that small data has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fineweb, "PIECE", 30)
         patch.setattr(fineweb, "BATCH", 50)
         patch.setattr(sources, "ROWS", 3)
         patch.setattr(sources, "BLOCK", 16)
-        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 
