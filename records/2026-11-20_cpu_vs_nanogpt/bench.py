@@ -3,8 +3,8 @@
     python records/2026-11-20_cpu_vs_nanogpt/bench.py NANOGPT_FOLDER [step|sample|start] [rounds]
 
 step: a training step of GPT-2 124M, bfloat16, compiled, B = 4, T = 256: seconds and peak memory.
-sample: 256 tokens from a random GPT-2 124M after a prompt of 16, float32: seconds. NEW, SAMPLES, DTYPE in the
-environment: other than 256 tokens, 1 sample, float32.
+sample: 256 tokens from a random GPT-2 124M after a prompt of 16: seconds; ours with float16 matrices, as sample.py has
+them, the others in float32. NEW, SAMPLES, DTYPE in the environment: other than 256 tokens, 1 sample, their float32.
 start: from launching the training script on a tiny model to its first step's log line: seconds.
 Each measurement is a process of its own; the table gives the median of the rounds.
 """
@@ -81,11 +81,11 @@ def sample(who, folder):
     dtype = getattr(torch, os.environ.get("DTYPE", "float32"))
     prompt = torch.randint(50257, (samples, 16))
     if who == "ours":
+        model = our_model().eval()
         from sample import generate as sample_from
         from sample import pack
 
-        model = our_model().eval()
-        model = pack(model) if dtype == torch.float16 else model.to(dtype)
+        model = pack(model)
 
         def generate():
             return len(list(sample_from(model, prompt, new, temperature=0.8, top_k=200)))
