@@ -73,7 +73,7 @@ def load_progress(path: Path, settings: dict) -> dict:
     out_dir, done = path.parent, path.name == "meta.json"
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
-        made = {split: dict(progress["shards"][split]) for split in ("train", "val")}
+        made = {split: {**progress["shards"][split]} for split in ("train", "val")}  # a TypeError if it is no dict
         numbers = [progress[name] for name in COUNTS] + ([] if done else list(Cursor._make(progress["cursor"])))
         numbers += [
             number for names in made.values() for tokens, checksum in names.values() for number in (tokens, checksum)

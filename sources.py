@@ -235,8 +235,14 @@ def open_parquet(path: str, column: str) -> Any:
 
 
 def read_parquet(path: str, column: str) -> Texts:
+    rows = 0
     with open_parquet(path, column) as file:
-        yield from read_tables(file.iter_batches(ROWS, columns=[column]), path, column)
+        for text, begins in read_tables(file.iter_batches(ROWS, columns=[column]), path, column):
+            yield text, begins
+            rows += 1
+        expected = file.metadata.num_rows
+    if rows != expected:  # pyarrow leaves rows of some damaged pages out, and says nothing
+        raise UserError(f"{path}: damaged: {rows:,} rows in it, but it says {expected:,}; restore or exclude it")
 
 
 def read_tables(tables: Iterator, where: str, column: str) -> Texts:

@@ -96,7 +96,10 @@ def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> tiktoken.Encod
     """The tokenizer of a loaded model. Raises UserError if it is unknown, or has ids that the model does not have."""
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not known, and without one its ids have no text")
-    enc = get_tokenizer(tokenizer)
+    try:
+        enc = get_tokenizer(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if enc.n_vocab > model.config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {enc.n_vocab} ids, but its vocab_size is {model.config.vocab_size}")
     return enc

@@ -450,6 +450,16 @@ def test_parquet_files_without_rows(tmp_path, small, kind):
     assert read_split(tmp_path / "out", "train") == tokens_of(documents(20)[:18])
 
 
+def test_parquet_files_that_lack_rows(tmp_path, monkeypatch):
+    """pyarrow reads fewer rows than the file says, and no error, where some pages are damaged."""
+    path = tmp_path / "a.parquet"
+    write_rows(path, documents(20))
+    read = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda *a, **k: (x[:-1] for x in read(*a, **k)))
+    with pytest.raises(UserError, match=r"a\.parquet: damaged: 19 rows in it, but it says 20"):
+        prepare(tmp_path / "out", files=str(path))
+
+
 def test_half_a_surrogate_pair(tmp_path):
     write_rows(tmp_path / "a.jsonl", ["a\ud83d b", "c"])
     meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.jsonl", val_fraction=0.5)
@@ -575,11 +585,13 @@ def test_an_older_programs_progress_is_a_line(tmp_path, monkeypatch):
     options = {"files": f"{tmp_path}/a.jsonl", "shard_tokens": 3000}
     killed(monkeypatch, tmp_path / "out", **options)
     progress = json.loads((tmp_path / "out" / "progress.json").read_text())
-    progress["counts"] = {name: progress.pop(name) for name in COUNTS}
-    progress |= {"cursor": [0, 0, 17, 0, 17, 0], "skip": 1234}
-    (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
-    with pytest.raises(UserError, match=r"progress\.json is damaged, or made by another or an older program"):
-        prepare(tmp_path / "out", **options)
+    older = {name: value for name, value in progress.items() if name not in COUNTS}
+    older |= {"counts": {name: progress[name] for name in COUNTS}, "cursor": [0, 0, 17, 0, 17, 0], "skip": 1234}
+    damaged = progress | {"shards": progress["shards"] | {"val": ""}}
+    for wrong in (older, damaged):
+        (tmp_path / "out" / "progress.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"progress\.json is damaged, or made by another or an older program"):
+            prepare(tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("gone", ["all", "one", "cut", "all but one"])

@@ -716,9 +716,10 @@ def parquet_files(draw):
 def read_rows(data):
     """The documents of a Parquet file, None where it has no column of text or is damaged."""
     try:
-        table = pyarrow.parquet.read_table(
-            pyarrow.BufferReader(data), columns=["text"], page_checksum_verification=True
-        )
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True)
+        table = file.read(["text"])
+        if len(table) != file.metadata.num_rows:  # a damaged page, of which pyarrow says nothing
+            return None
         column = table.column("text")
         kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
         if not any(str(kind) == name for name in ("string", "large_string", "string_view")):

@@ -361,7 +361,7 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(tmp_path):
     checkpoint.save(state | {"tokenizer": "nowhere"}, tmp_path, keep=0, best_step=None)
     done = sample(tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "unknown tokenizer 'nowhere'" in done.stderr
+    assert f"{tmp_path}/ckpt_000001.pt: unknown tokenizer 'nowhere'" in done.stderr
 
 
 def test_attention_is_not_cudnns(folder, cudnn):
