@@ -587,7 +587,7 @@ def test_an_older_programs_progress_is_a_line(tmp_path, monkeypatch):
     progress = json.loads((tmp_path / "out" / "progress.json").read_text())
     older = {name: value for name, value in progress.items() if name not in COUNTS}
     older |= {"counts": {name: progress[name] for name in COUNTS}, "cursor": [0, 0, 17, 0, 17, 0], "skip": 1234}
-    damaged = progress | {"shards": progress["shards"] | {"val": ""}}
+    damaged = progress | {"shards": progress["shards"] | {"val": ""}, "val_tokens": 0}
     for wrong in (older, damaged):
         (tmp_path / "out" / "progress.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r"progress\.json is damaged, or made by another or an older program"):
