@@ -140,10 +140,15 @@ class PackedLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
+def fits_float16(weight: Tensor) -> bool:
+    return (weight.abs().amax() <= torch.finfo(torch.float16).max).item()  # NaN compares as false
+
+
 def pack(model: GPT) -> GPT:
-    """Put PackedLinears in place of a float32 model's matrices, for generation only; the model itself."""
+    """Put PackedLinears in place of a float32 model's matrices, for generation only; the model itself. A matrix that
+    float16 cannot hold stays: packing would turn a NaN into a number."""
     found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
-    linears = [place for place in found if isinstance(place[2], nn.Linear)]
+    linears = [place for place in found if isinstance(place[2], nn.Linear) and fits_float16(place[2].weight)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
         packed = list(pool.map(PackedLinear, [place[2] for place in linears]))
     for (parent, name, _), linear in zip(linears, packed, strict=True):

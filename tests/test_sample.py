@@ -370,6 +370,17 @@ def test_attention_is_not_cudnns(folder, cudnn):
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize("value", [1e6, math.inf, math.nan])
+def test_what_float16_cannot_hold_is_not_packed(value):
+    model, (idx, _) = make().eval(), batch()
+    model.h[0].mlp.c_fc.weight.data[3, 4] = value
+    with torch.inference_mode():
+        before = model(idx)
+        after = pack(model)(idx)
+    assert torch.isfinite(before).all() == torch.isfinite(after).all() == (value == 1e6)
+    assert [name for name, part in model.named_modules() if isinstance(part, nn.Linear)] == ["h.0.mlp.c_fc"]
+
+
 @pytest.mark.parametrize("packs", [True, False])
 def test_dtype_is_the_fastest(folder, monkeypatch, packs):
     monkeypatch.setattr(torch.backends.quantized, "engine", "x86" if packs else "qnnpack")
