@@ -5,10 +5,11 @@ of all shards are shuffled together once an epoch, and the windows of step s are
 has to be saved to resume, and the global batch is the same on any number of processes.
 """
 
+import json
 import os
-import threading
+import zlib
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +19,47 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from files import read_json, read_text
-from shards import HEADER_BYTES, find_parts, find_shards, join_command, prepare_advice, shard_checksum, shard_tokens
+from files import HEADER_BYTES, find_shards, shard_tokens
 
-AGAIN = "prepare the data again"
 MAX_MAPS = 16_384  # shards of a split that stay mapped: Linux gives a process 65,530 maps, and others need some
+AGAIN = "prepare the data again with fineweb.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of shards
+
+
+def read_meta(data_dir: str) -> dict:
+    """data_dir/meta.json, which fineweb.py writes last; {} for shards made elsewhere. Raises UserError."""
+    path = Path(data_dir, "meta.json")
+    if not os.path.isdir(data_dir):
+        raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
+    if not path.exists():
+        if Path(data_dir, "progress.json").exists() or list(Path(data_dir).glob("*of*")):
+            raise UserError(f"{data_dir}: its preparation is not finished; run its fineweb.py command again")
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(meta["tokenizer"], str) and 1 <= meta["vocab_size"] <= 1 << 16):  # ids are uint16
+            raise ValueError("no tokenizer, or vocab_size not within 1 to 65,536")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}; {AGAIN}") from None
+    if meta.get("part"):
+        raise UserError(f"{data_dir} is part {meta['part']} of a preparation; join its parts with fineweb.py")
+    return meta
+
+
+def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
+    """The data's tokenizer for get_tokenizer: a name, or the whole content of a tokenizer.json; None if unknown."""
+    if not meta:
+        return "gpt2" if vocab_size in (50257, 50304) else None
+    name = meta["tokenizer"]
+    if not name.endswith(".json"):
+        return name
+    for path in (Path(data_dir, name), Path(name)):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -32,60 +69,31 @@ def open_shard(path: Path) -> np.ndarray:
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
 
-def read_meta(data_dir: str) -> dict:
-    """data_dir/meta.json, or {} for shards made elsewhere.
-
-    Raises UserError if there is no data, or fineweb.py has not finished it.
-    """
-    if not os.path.isdir(data_dir):
-        raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
-    path = Path(data_dir, "meta.json")
-    if not path.exists():
-        check_finished(data_dir)
-        return {}
-    meta = read_json(path, AGAIN)
-    if isinstance(meta, dict) and meta.get("part"):
-        join = join_command(Path(data_dir).resolve().parent)
-        raise UserError(f"{data_dir} is part {meta['part']} of a preparation; once all parts are there: {join}")
-    counts = [f"{split}_{what}" for split in ("train", "val") for what in ("tokens", "words", "bytes")]  # some may miss
-    for name, kind in {"tokenizer": str, "vocab_size": int, **dict.fromkeys(counts, int)}.items():
-        value = meta.get(name, 0 if name in counts else None) if isinstance(meta, dict) else None
-        if type(value) is not kind or (kind is int and value < 0):
-            raise UserError(f"{path}: {name} is missing or not a {'count' if kind is int else 'name'}; {AGAIN}")
-    if not 1 <= meta["vocab_size"] <= 1 << 16:
-        raise UserError(f"{path}: vocab_size is {meta['vocab_size']}, but shards hold 1 to 65,536 different ids")
-    try:
-        pairs = [pair for names in meta.get("shards", {}).values() for pair in names.values()]
-        whole = all(type(tokens) is type(checksum) is int for tokens, checksum in pairs)
-    except (AttributeError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: shards is not {{split: {{name: [tokens, crc32]}}}}; {AGAIN}")
-    return meta
+def fingerprints(data_dir: str, meta: dict) -> dict[str, list]:
+    """What tells one preparation from another: {shard's name: [tokens, crc32 of a sample of them, its crc32 in
+    meta.json]}. The sample is 16 blocks of 2,048 tokens, spread evenly: a shard that was written anew has another."""
+    known = {name: crc for names in meta.get("shards", {}).values() for name, (_, crc) in names.items()}
+    found = {}
+    for path in find_shards(data_dir, "train") + find_shards(data_dir, "val"):
+        tokens, crc = shard_tokens(path), 0
+        with open(path, "rb", buffering=0) as file:
+            for start in np.linspace(0, max(0, tokens - 2048), 16).astype(int).tolist():
+                file.seek(HEADER_BYTES + 2 * start)
+                crc = zlib.crc32(file.read(4096), crc)
+        found[path.name] = [tokens, crc, known.get(path.name)]
+    return found
 
 
-def check_finished(data_dir: str) -> None:
-    """Raises UserError if fineweb.py was stopped before it wrote meta.json, or has made only parts yet."""
-    path = Path(data_dir, "progress.json")
-    if path.exists():
-        again = "run its fineweb.py command again"
-        finish = read_json(path, again).get("command", again)
-        raise UserError(f"{data_dir}: the preparation of this data is not finished; finish it: {finish}")
-    if find_parts(data_dir):
-        raise UserError(f"{data_dir}: the parts of this data are not joined yet: {join_command(data_dir)}")
+def check_data(data_dir: str, was: dict[str, list], now: dict[str, list]) -> None:
+    """Raises UserError, naming the shard, where the data is not what it was."""
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            change = "new" if name not in was else "gone" if name not in now else "not the same"
+            raise UserError(f"{Path(data_dir, name)}: {change} since this run began; restore it, or start another run")
 
 
-def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
-    """The data's tokenizer for get_tokenizer: a name, or the whole content of a tokenizer.json; None if unknown."""
-    if not meta:
-        return "gpt2" if vocab_size in (50257, 50304) else None
-    name = meta["tokenizer"]
-    if name.endswith(".json"):
-        paths = [path for path in (Path(data_dir, name), Path(name)) if path.exists()]
-        if not paths:
-            raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
-        return read_text(paths[0], AGAIN)
-    return name
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and batches
 
 
 class Windows:
@@ -97,24 +105,17 @@ class Windows:
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
         self.paths = find_shards(data_dir, split)
         if not self.paths:
-            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); {prepare_advice(data_dir)}")
+            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.shard = lru_cache(MAX_MAPS)(open_shard)
-        self.lengths = [len(self.shard(path)) for path in self.paths]
-        tokens = sum(self.lengths)
-        expected = read_meta(data_dir).get(f"{split}_tokens", tokens)
-        if tokens != expected:
-            raise UserError(
-                f"{data_dir}: meta.json says {expected} {split} tokens, but {len(self.paths)} shards hold {tokens}; "
-                f"restore what is missing or changed, or {AGAIN}"
-            )
-        counts = [max(0, (length - 1) // seq_len) for length in self.lengths]
-        self.ends = np.cumsum(counts)
+        lengths = [len(self.shard(path)) for path in self.paths]
+        expected = read_meta(data_dir).get(f"{split}_tokens", sum(lengths))
+        if sum(lengths) != expected:
+            raise UserError(f"{data_dir}: {len(lengths)} {split} shards hold {sum(lengths)} {split} tokens, not the "
+                            f"{expected} of its meta.json; restore what is missing, or {AGAIN}")  # fmt: skip
+        self.ends = np.cumsum([max(0, (length - 1) // seq_len) for length in lengths])
         if not len(self):
-            raise UserError(
-                f"{data_dir}: no {split} shard holds a window of seq_len = {seq_len}; "
-                f"the largest has {max(self.lengths)}"
-            )
+            raise UserError(f"{data_dir}: no {split} shard holds a window of {seq_len}; the largest has {max(lengths)}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -137,82 +138,6 @@ class Windows:
                     alone=True,  # no other process reads this window
                 )
         return torch.from_numpy(x), torch.from_numpy(y)
-
-
-class DataGuard:
-    """Notices shards that change during a run, or between a run and its resumption. For rank 0 alone.
-
-    `record` goes into checkpoints: {split: {shard's name: {"tokens", "size", "mtime_ns", "crc32"}}}; crc32 is the
-    checksum of the tokens in meta.json, or None. `saved` is the record of the checkpoint to resume, {} for a new run.
-    """
-
-    def __init__(self, data_dir: str, splits: Collection[str], meta: dict, saved: dict):
-        self.data_dir, self.splits, self.record = data_dir, splits, saved
-        self.checksums = {
-            name: checksum for names in meta.get("shards", {}).values() for name, (_, checksum) in names.items()
-        }
-        self.reader: threading.Thread | None = None
-        self.problem: str | None = None
-
-    def start_reading(self) -> None:
-        """Compare all shards with their checksums in the background, once; the next `check` reports a difference."""
-        if self.reader is None:
-            self.reader = threading.Thread(target=self.read_all, daemon=True)  # daemon: it ends with the process
-            self.reader.start()
-
-    def read_all(self) -> None:
-        for split in self.splits:
-            for path in find_shards(self.data_dir, split):
-                self.problem = self.problem or self.read(path)
-
-    def read(self, path: Path) -> str | None:
-        """What is wrong with a shard's content; None if nothing is, or its checksum is unknown."""
-        expected = self.checksums.get(path.name)
-        try:
-            if expected is None or expected == shard_checksum(path):
-                return None
-        except OSError as error:
-            return f"{path}: {error.strerror}"
-        return f"{path}: its tokens do not match the checksum in meta.json; restore it, and resume"
-
-    def check(self) -> None:
-        """Compare every shard's size and modification time with the record. Raises UserError if a shard is new, gone or
-        different."""
-        if self.problem:
-            raise UserError(self.problem)
-        for split in self.splits:
-            paths = find_shards(self.data_dir, split)
-            now = {path.name: fingerprint(path, self.checksums.get(path.name)) for path in paths}
-            then = self.record.get(split, now)
-            for name in sorted(now.keys() | then.keys()):
-                path = Path(self.data_dir, name)
-                change = "new" if name not in then else "gone" if name not in now else None
-                if change := change or self.change(path, then[name], now[name]):
-                    raise UserError(f"{path}: {change} since this run began; restore it, or start another run")
-            self.record = self.record | {split: now}
-
-    def change(self, path: Path, then: dict, now: dict) -> str | None:
-        """How a shard has changed between two records of it."""
-        if not isinstance(then, dict):
-            return None  # an older version's checkpoint had another kind of record
-        known = then["crc32"] is not None and now["crc32"] is not None
-        if then["size"] != now["size"] or (known and then["crc32"] != now["crc32"]):
-            return "not the same"
-        if then["mtime_ns"] == now["mtime_ns"]:
-            return None
-        if not known:
-            return "written to (or copied without its time, which cp -p and rsync -t keep)"
-        # The content decides. At the start of a run nothing is read yet: start_reading will compare it.
-        return "not the same" if self.reader and self.read(path) else None
-
-
-def fingerprint(path: Path, checksum: int | None) -> dict[str, int | None]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    tokens = (status.st_size - HEADER_BYTES) // 2
-    return {"tokens": tokens, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": checksum}
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

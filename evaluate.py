@@ -5,30 +5,20 @@
     torchrun --nproc_per_node=8 evaluate.py --data_dir=data/fineweb_edu10B --tokens=10485760
 
 A split is one stream of tokens, and each but the first is predicted once, in windows of seq_len, the last one ragged.
-The last line printed is one JSON object. In it
-    loss           is in nats per token, over these tokens; perplexity is its exp
-    tokens         were predicted: of a whole split all but its first, or as many as --tokens says
-    words          are those of the whole split, len(text.strip().split(" ")) of each document; null with --tokens
-    bytes          are those of the predicted tokens' text in UTF-8; <|endoftext|> has none
-    word_loss      is loss x tokens / (words - 1); word_perplexity is its exp
-    bits_per_byte  is loss x tokens / bytes / ln 2
-and without a meta.json words, bytes and what follows from them are null. On the whole windows of one shard, without a
-stride, the loss is train_gpt2.py's val_loss.
+The last line printed is one JSON object: loss is in nats per token, perplexity its exp; words are those of the whole
+split, bytes those of the predicted tokens' text in UTF-8; word_loss is loss x tokens / (words - 1), bits_per_byte is
+loss x tokens / bytes / ln 2. What is not known without a meta.json, or of a part of the split, is null. On the whole
+windows of one shard, without a stride, the loss is train_gpt2.py's val_loss.
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
 
 import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +28,10 @@ from torch.nn import functional as F
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, data_tokenizer, open_shard, read_meta
-from device import autocast, pick_dtype
-from distributed import World
+from distributed import World, autocast, pick_dtype
+from huggingface import load_model
 from model import GPT, without_cudnn
 from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
-from weights import load_model
 
 
 @dataclass(frozen=True)
@@ -66,37 +55,29 @@ def main() -> int:
     config, _ = configure(EvaluateConfig, positional="model")
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device, config.best)
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    config = replace(config, data_dir=config.data_dir or own_data(path))
-    meta = read_meta(config.data_dir)
-    its_tokenizer = data_tokenizer(config.data_dir, meta, vocab_size)
-    check_same_tokenizer(tokenizer, its_tokenizer, path, config.data_dir)
-    shards = [open_shard(path) for path in Windows(config.data_dir, config.split, 1).paths]
+    data_dir, T = config.data_dir or own_data(path), config.seq_len or model.config.block_size
+    stride, meta, vocab_size = config.stride or T, read_meta(data_dir), model.config.vocab_size
+    its_tokenizer = data_tokenizer(data_dir, meta, vocab_size)
+    check_same_tokenizer(tokenizer, its_tokenizer, path, data_dir)
+    shards = [open_shard(path) for path in Windows(data_dir, config.split, 1).paths]
     ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
     if ids > vocab_size:
-        raise UserError(f"{config.data_dir} has {ids} ids, but {path} only {vocab_size}")
-    T = config.seq_len or block_size
-    if block_size < T:
-        raise UserError(f"seq_len = {T} is more than the block_size of {path}, {block_size}")
-    stride = config.stride or T
-    if not stride <= T:
-        raise UserError(f"stride = {stride} is more than seq_len = {T}: tokens between windows would be left out")
-
+        raise UserError(f"{data_dir} has {ids} ids, but {path} only {vocab_size}")
+    if not stride <= T <= model.config.block_size:
+        raise UserError(f"stride = {stride} <= seq_len = {T} <= block_size = {model.config.block_size} does not hold")
     everything = sum(map(len, shards)) - 1
     tokens = min(config.tokens or everything, everything)
     byte_lengths = token_bytes(get_tokenizer(its_tokenizer)) if meta else None
     in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
-    nats, num_bytes = evaluate(
-        model.eval(), shards, tokens, T, stride, config.batch_size, world, in_dtype, byte_lengths
-    )
+    nats, size = evaluate(model.eval(), shards, tokens, T, stride, config.batch_size, world, in_dtype, byte_lengths)
     world.close()
-    words = (meta.get(f"{config.split}_words") or None) if tokens == everything else None  # 0: of shards of others
-    word_loss = nats / (words - 1) if words and words > 1 else None
+    words = meta.get(f"{config.split}_words", 0) if tokens == everything else 0
     result = {
-        "model": str(path), "data_dir": config.data_dir, "split": config.split, "seq_len": T, "stride": stride,
-        "loss": nats / tokens, "perplexity": exp(nats / tokens), "word_loss": word_loss,
-        "word_perplexity": exp(word_loss), "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
-        "tokens": tokens, "words": words, "bytes": num_bytes,
+        "model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": T, "stride": stride,
+        "loss": nats / tokens, "perplexity": exp(nats / tokens), "word_loss": nats / (words - 1) if words > 1 else None,
+        "word_perplexity": exp(nats / (words - 1)) if words > 1 else None,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "tokens": tokens, "words": words or None, "bytes": size,
     }  # fmt: skip
     if world.is_main:
         print(json.dumps({name: None if value != value else value for name, value in result.items()}))  # no NaN in JSON
@@ -105,16 +86,15 @@ def main() -> int:
 
 def own_data(path: Path) -> str:
     """The data_dir of the run that a checkpoint is of. Raises UserError if it is of none."""
-    config = checkpoint.load(path).get("config") if path.is_file() else None
-    data_dir = config.get("data_dir") if isinstance(config, dict) else None
-    if not isinstance(data_dir, str):
+    config = (checkpoint.load(path).get("config") if path.is_file() else None) or {}
+    if "data_dir" not in config:
         raise UserError(f"{path} does not say on which data it was trained; use --data_dir=DIR")
-    return data_dir
+    return config["data_dir"]
 
 
-def exp(loss: float | None) -> float | None:
-    """A perplexity; None if there is no loss, or the result is more than a float holds."""
-    return math.exp(loss) if loss is not None and loss < 700 else None
+def exp(loss: float) -> float | None:
+    """A perplexity; None if it is more than a float holds."""
+    return math.exp(loss) if loss < 700 else None
 
 
 @torch.no_grad()
@@ -124,20 +104,19 @@ def evaluate(
     in_dtype: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
 ) -> tuple[float, int | None]:  # fmt: skip
     """The summed loss in nats of the first `tokens` targets, and the bytes of their text, by the bytes of each id."""
-    count = 1 + math.ceil(max(0, tokens - seq_len) / stride)
-    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    windows = range(1 + math.ceil(max(0, tokens - seq_len) / stride))
+    batches = [windows[first : first + batch_size] for first in windows[::batch_size]]
     nats = num_bytes = predicted = 0
-    for batch, counts in deal(batches, world, progress=True):
+    for batch in share(batches, world, progress=True):
         x, y = read_windows(shards, batch, tokens, seq_len, stride)
         keep = y >= 0
         targets = y[keep]
         with in_dtype:
             hidden = model.hidden(x.to(world.device))[keep.to(world.device)]  # (N, C)
             loss = token_losses(model, hidden, targets.to(world.device))
-        if counts:
-            nats += loss.cpu().double().sum().item()
-            num_bytes += byte_lengths[targets].sum() if byte_lengths is not None else 0
-            predicted += len(targets)
+        nats += loss.cpu().double().sum().item()
+        num_bytes += byte_lengths[targets].sum() if byte_lengths is not None else 0
+        predicted += len(targets)
     nats, num_bytes, predicted = world.sum([nats, num_bytes, predicted])
     assert predicted == tokens
     return nats, int(num_bytes) if byte_lengths is not None else None
@@ -178,16 +157,13 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -
     ])  # fmt: skip
 
 
-def deal(batches: Sequence, world: World, progress: bool) -> Iterator[tuple[Any, bool]]:
-    """This rank's share of the batches, and whether each counts. All ranks get the same number, because in a sharded
-    model they wait for each other in every forward pass: in a short last round some get one that does not count."""
+def share(batches: Sequence, world: World, progress: bool) -> Iterable:
+    """This rank's share of the batches, with a progress bar."""
     from tqdm import tqdm
 
-    rounds = range(0, len(batches), world.size)
+    off = not (progress and world.is_main)
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-    for first in tqdm(rounds, unit="batch", mininterval=interval, delay=1, disable=not (progress and world.is_main)):
-        mine = first + world.rank
-        yield batches[mine % len(batches)], mine < len(batches)
+    return tqdm(batches[world.rank :: world.size], unit="batch", mininterval=interval, delay=1, disable=off)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,6 @@ per token. Texts are rendered as GPT-2 reproductions do: the tokens of the conte
 Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
-
 import contextlib
 import hashlib
 import json
@@ -21,22 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from device import autocast, pick_dtype
-from distributed import World
-from evaluate import deal, token_losses
+from distributed import World, autocast, pick_dtype
+from evaluate import share, token_losses
 from files import whole_file
+from huggingface import encoding_of, load_model
 from model import GPT, without_cudnn
-from weights import encoding_of, load_model
-
-if TYPE_CHECKING:
-    import tiktoken
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -52,7 +44,6 @@ class HellaSwagConfig:
     batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
-    compile: bool = False  # torch.compile, which takes about a minute before it saves any
 
     def __post_init__(self):
         at_least(self, 1, "limit", "batch_size")
@@ -70,8 +61,6 @@ def main() -> int:
     model, tokenizer, path = load_model(config.model, world.device, config.best)
     enc, block_size = encoding_of(model, tokenizer, path), model.config.block_size
     examples = world.on_main(lambda: load(config.data, enc, block_size, config.limit))
-    if config.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
     in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
     acc, acc_norm, n = score(model, examples, config.batch_size * block_size, world, in_dtype, progress=True)
     world.close()
@@ -80,86 +69,57 @@ def main() -> int:
     return 0
 
 
-def load(path: str | None, enc: "tiktoken.Encoding", block_size: int, limit: int | None = None) -> list[Example]:
+def load(path: str | None, enc: tiktoken.Encoding, block_size: int, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a file (None: of the validation set, downloaded once), tokenised.
 
     The start of a context is cut off if the longest ending would not fit into block_size behind it. Raises UserError,
     naming the line, for what is not an example, and for a file without any.
     """
-    examples, name = [], path or VAL_FILE
+    examples, path = [], path or download()
     try:
-        with open(path or download(), "rb") as file:
+        with open(path, "rb") as file:
             for line in islice(file, limit):
-                context, endings, label = parse(line)
-                context, *endings = map(enc.encode_ordinary, [context, *(" " + ending for ending in endings)])
-                longest = max(map(len, endings))
-                if longest > block_size:
-                    raise ValueError(f"an ending of {longest} tokens does not fit into block_size = {block_size}")
-                room = block_size + 1 - longest  # its last token is predicted, not read
-                examples.append(Example(context[-room:], endings, label))
+                row = json.loads(line)
+                context, *endings = map(enc.encode_ordinary, [row["ctx"], *(" " + ending for ending in row["endings"])])
+                room = block_size + 1 - max(map(len, endings))  # an ending's last token is predicted, not read
+                if len(endings) != 4 or row["label"] not in range(4) or not context or room < 1:
+                    raise ValueError(f"not a context, four endings that fit into {block_size} tokens, and a label")
+                examples.append(Example(context[-room:], endings, row["label"]))
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{name}:{len(examples) + 1}: {error}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}:{len(examples) + 1}: not an example of HellaSwag: {error!r}") from None
     if not examples:
-        raise UserError(f"{name}: no examples in it")
+        raise UserError(f"{path}: no examples in it")
     return examples
-
-
-def parse(line: bytes) -> tuple[str, list[str], int]:
-    """A line of the file to context, four endings, and the number of the right one. Raises ValueError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON; is the file damaged?") from None
-    for name in ("ctx", "endings", "label"):
-        if not isinstance(row, dict) or name not in row:
-            raise ValueError(f"no field {name!r}")
-    ctx, endings, label = row["ctx"], row["endings"], row["label"]
-    if not isinstance(ctx, str) or not ctx:
-        raise ValueError("ctx is not a text")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
-        raise ValueError("endings are not 4 texts")
-    if type(label) is not int or not 0 <= label < 4:
-        raise ValueError(f"label is {label!r}, not 0, 1, 2 or 3")
-    return ctx, endings, label
 
 
 def download() -> str:
     """The path of the validation set, downloaded if it is not there yet. Raises UserError."""
-    path = Path(VAL_FILE)
+    path, data = Path(VAL_FILE), b""
     if path.exists():
         data = path.read_bytes()
     else:
         import requests
 
-        try:
-            response = requests.get(URL, timeout=60)
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise UserError(f"{URL}: {type(error).__name__}; put it at {path}") from None
-        data = response.content
+        with contextlib.suppress(requests.RequestException):
+            data = requests.get(URL, timeout=60).content
     if hashlib.sha256(data).hexdigest() != SHA256:
-        where = f"{path}: not HellaSwag's validation set" if path.exists() else f"{URL}: not what it was"
-        raise UserError(f"{where} (its sha256 is another); move it away")
+        raise UserError(f"{path} is not HellaSwag's validation set; put there what {URL} has")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(data)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                file.write(data)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
     return VAL_FILE
 
 
-def score(
-    model: GPT, examples: list[Example], max_tokens: int, world: World,
-    in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
-) -> tuple[float, float, int] | None:  # fmt: skip
-    """(acc, acc_norm, number of examples), on every rank; max_tokens is the size of a forward pass. None if `stop`
-    became true on any rank.
-
-    Draws no random numbers, and changes neither the model's train or eval mode nor its compiled forward.
-    """
-    losses = ending_losses(model, examples, max_tokens, world, in_dtype, progress, stop)
-    if world.sum([bool(stop)])[0]:
+def score(model: GPT, examples: list[Example], *how, **more) -> tuple[float, float, int] | None:
+    """(acc, acc_norm, number of examples), on every rank; takes what ending_losses takes. None if stopped."""
+    losses = ending_losses(model, examples, *how, **more)
+    if losses is None:
         return None
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
     labels = np.array([example.label for example in examples])
@@ -172,12 +132,16 @@ def score(
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
-) -> np.ndarray:  # fmt: skip
-    """The summed loss in nats of every ending, float64 (n, 4), on every rank."""
+) -> np.ndarray | None:  # fmt: skip
+    """The summed loss in nats of every ending, float64 (n, 4), on every rank; None if `stop` became true on any.
+
+    max_tokens is the size of a forward pass. Draws no random numbers, and changes neither the model's train or eval
+    mode nor its compiled forward.
+    """
     losses = np.zeros((len(examples), 4))
     device, was_training = model.wte.weight.device, model.training
     model.eval()
-    for batch, counts in deal(make_batches(examples, max_tokens), world, progress):
+    for batch in share(make_batches(examples, max_tokens), world, progress):
         if stop:
             break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
@@ -185,11 +149,11 @@ def ending_losses(
         with in_dtype:
             hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1)).flatten(0, 1)[where]
             loss = token_losses(model, hidden, targets).cpu().double().numpy()
-        if counts:
-            lengths = [len(ending) for i in batch for ending in examples[i].endings]
-            losses[batch] = np.add.reduceat(loss, np.cumsum([0, *lengths[:-1]])).reshape(-1, 4)
+        starts = np.cumsum([0] + [len(ending) for i in batch for ending in examples[i].endings])[:-1]
+        losses[batch] = np.add.reduceat(loss, starts).reshape(-1, 4)
     model.train(was_training)
-    return np.array(world.sum(losses.flatten())).reshape(-1, 4)  # a rank's are 0 where another's are not
+    *totals, stopped = world.sum([*losses.flatten(), bool(stop)])  # a rank's losses are 0 where another's are not
+    return None if stopped else np.array(totals).reshape(-1, 4)
 
 
 def row_length(example: Example) -> int:

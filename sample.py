@@ -6,11 +6,6 @@ python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
 python sample.py --model=gpt2 --start="Once upon a time"
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
-
 import codecs
 import contextlib
 import os
@@ -18,19 +13,17 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import tiktoken
 import torch
 from torch import Tensor, nn
 
 from configurator import PathStr, UserError, at_least, cli, configure
-from device import pick_device, pick_dtype
+from distributed import pick_device, pick_dtype
+from files import read_text
+from huggingface import encoding_of, load_model
 from model import GPT, KVCache, without_cudnn
-from weights import encoding_of, load_model
-
-if TYPE_CHECKING:
-    import tiktoken
 
 
 @dataclass(frozen=True)
@@ -62,70 +55,36 @@ def main() -> int:
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
-    packed = packs(device) and config.dtype in ("auto", "float16")
+    packed = device.type == "cpu" and config.dtype in ("auto", "float16")
+    packed &= torch.backends.quantized.engine in ("x86", "fbgemm")  # CPUs with AVX2
     dtype = torch.float16 if packed else pick_dtype(config.dtype, device)
     model = (pack(model) if packed else model.to(dtype)).eval()
-    asks = "start" not in given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    starts = ask() if asks else [read_start(config.start)]
+    starts = [config.start]
+    if config.start.startswith("FILE:"):
+        starts = [read_text(os.path.expanduser(config.start.removeprefix("FILE:")), "it is the text to continue")]
+    if "start" not in given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        starts = iter(lambda: input("prompt> "), "")  # until an empty line
     print(f"{path}, seed {config.seed}, {str(dtype).removeprefix('torch.')}\n---", file=sys.stderr, flush=True)
-    for number, start in enumerate(starts):
-        try:
+    try:
+        for number, start in enumerate(starts):
             show(model, enc, start, config, config.seed + number)
-        except FloatingPointError as error:
-            print()
-            raise UserError(f"{path}: {error}") from None
+    except (EOFError, KeyboardInterrupt):
+        print()
+    except FloatingPointError as error:
+        print()
+        raise UserError(f"{path}: {error}") from None
     return 0
 
 
-def ask() -> Iterator[str]:
-    """Prompts that the user types, until Ctrl-D or Ctrl-C."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 (makes input's line one that can be edited)
-    while True:
-        try:
-            yield input("prompt> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-def show(model: GPT, enc: "tiktoken.Encoding", start: str, config: SampleConfig, seed: int) -> None:
-    """Print the samples of one start; Ctrl-C ends them early. Raises FloatingPointError as generate does."""
-    texts = [start] * config.num_samples
-    sys.stdout.write(start)
-    try:
-        for pieces in complete(
-            model, enc, start, config.num_samples, config.max_new_tokens,
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed,
-        ):  # fmt: skip
+def show(model: GPT, enc: tiktoken.Encoding, start: str, config: SampleConfig, seed: int) -> None:
+    """Print the samples of one start, the first one as it is made; Ctrl-C ends them early."""
+    texts, how = [start] * config.num_samples, (config.temperature, config.top_k, config.top_p)
+    print(start, end="")
+    with contextlib.suppress(KeyboardInterrupt):  # enough text
+        for pieces in complete(model, enc, start, config.num_samples, config.max_new_tokens, *how, seed=seed):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            sys.stdout.write(pieces[0])
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        pass  # enough text
-    print()
-    for text in texts[1:]:
-        print(f"---\n{text}")
-
-
-def read_start(start: str) -> str:
-    """The text to continue: `start`, or the content of the file that FILE:path names."""
-    if not start.startswith("FILE:"):
-        return start
-    path = Path(os.path.expanduser(start.removeprefix("FILE:")))
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"--start=FILE:{path}: not a regular file")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--start=FILE:{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--start=FILE:{path}: not a text in UTF-8") from None
-
-
-def packs(device: torch.device) -> bool:
-    """Whether torch can multiply by float16 matrices here: on CPUs with AVX2."""
-    return device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
+            print(pieces[0], end="", flush=True)
+    print("", *texts[1:], sep="\n---\n")
 
 
 class PackedLinear(nn.Module):
@@ -140,25 +99,22 @@ class PackedLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-def fits_float16(weight: Tensor) -> bool:
-    return (weight.abs().amax() <= torch.finfo(torch.float16).max).item()  # NaN compares as false
-
-
 def pack(model: GPT) -> GPT:
     """Put PackedLinears in place of a float32 model's matrices, for generation only; the model itself. A matrix that
     float16 cannot hold stays: packing would turn a NaN into a number."""
     found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
-    linears = [place for place in found if isinstance(place[2], nn.Linear) and fits_float16(place[2].weight)]
+    largest = torch.finfo(torch.float16).max
+    found = [place for place in found if isinstance(place[2], nn.Linear) and place[2].weight.abs().amax() <= largest]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
-        packed = list(pool.map(PackedLinear, [place[2] for place in linears]))
-    for (parent, name, _), linear in zip(linears, packed, strict=True):
+        packed = list(pool.map(PackedLinear, [linear for _, _, linear in found]))
+    for (parent, name, _), linear in zip(found, packed, strict=True):
         setattr(parent, name, linear)
     return model
 
 
 def complete(
-    model: GPT, enc: "tiktoken.Encoding", start: str, num_samples: int, max_new_tokens: int, *,
-    temperature: float = 0.8, top_k: int | None = 200, top_p: float | None = None, seed: int = 1337,
+    model: GPT, enc: tiktoken.Encoding, start: str, num_samples: int, max_new_tokens: int, temperature: float = 0.8,
+    top_k: int | None = 200, top_p: float | None = None, seed: int = 1337,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
 
@@ -170,15 +126,10 @@ def complete(
     idx = torch.tensor([ids] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    for tokens in generate(
-        model, idx, max_new_tokens, temperature, top_k, top_p,
-        vocab_size=enc.n_vocab, eot=enc.eot_token, generator=generator,
-    ):  # fmt: skip
-        ids = tokens.tolist()
-        yield [
-            "" if i == enc.eot_token else decoder.decode(enc.decode_single_token_bytes(i))
-            for i, decoder in zip(ids, decoders, strict=True)
-        ]
+    how = (temperature, top_k, top_p, enc.n_vocab, enc.eot_token, generator)
+    for tokens in generate(model, idx, max_new_tokens, *how):
+        spelled = (b"" if i == enc.eot_token else enc.decode_single_token_bytes(i) for i in tokens.tolist())
+        yield [decoder.decode(bytes_) for decoder, bytes_ in zip(decoders, spelled, strict=True)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 

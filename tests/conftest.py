@@ -22,8 +22,8 @@ import torch
 
 from configurator import TORCHRUN, cli
 from distributed import StopRequest
+from files import shard_header
 from model import GPT
-from shards import shard_header
 
 SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
 torch.set_num_threads(1)  # models this small are slower on two
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"]
 TRAIN = [
     *MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256", "--warmup_steps=2",
-    "--learning_rate=3e-3", "--val_interval=5", "--val_tokens=2000", "--log_interval=1", "--report=False",
+    "--learning_rate=3e-3", "--val_interval=5", "--val_tokens=2000", "--log_interval=1",
 ]  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MODEL, ROOT, TRAIN, call, metrics
+from memory import Setting, foresee, kept_around_blocks, kept_by_block, optimizer_state, parameter_shapes
 
 import bench
-from memory import Setting, foresee, kept_around_blocks, kept_by_block, optimizer_state, parameter_shapes
 from model import GPT, GPTConfig
 from optim import OptimConfig, Untraced, make_optimizers
 

@@ -8,12 +8,12 @@ import signal
 import pytest
 import torch
 from conftest import TRAIN, call
+from weights import load_model
 
 import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizers
-from weights import load_model
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)

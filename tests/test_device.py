@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TRAIN, call
+from device import PEAK_FLOPS, check_tokens, code, git_commit, hardware, pick_device, pick_dtype
 
 import distributed
 from configurator import UserError
-from device import PEAK_FLOPS, check_tokens, code, git_commit, hardware, pick_device, pick_dtype
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 

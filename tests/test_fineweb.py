@@ -20,18 +20,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sources
 from conftest import call
+from preparation import CONFIGS, COUNTS, train_command
+from shards import find_parts
 
 import fineweb
-import sources
 import tokenizer
 from configurator import UserError, configure
 from dataloader import read_meta
 from files import lock_folder
 from fineweb import NEVER, Cursor, DataConfig, own_source
 from model import GPTConfig
-from preparation import CONFIGS, COUNTS, train_command
-from shards import find_parts
 from tokenizer import byte_alphabet, get_tokenizer
 from train_gpt2 import TrainConfig
 

@@ -10,11 +10,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 from conftest import call, write_shard
+from shards import foreign_kind, split_of
 
 from configurator import UserError
 from dataloader import Windows, read_meta
 from fineweb import DataConfig, prepare
-from shards import foreign_kind, split_of
 from tokenizer import get_tokenizer
 
 ENC = get_tokenizer("gpt2")

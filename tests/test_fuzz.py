@@ -29,15 +29,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.torch
+import sources
 import tokenizers
 import torch
 from conftest import TRAIN, call, run
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from shards import shard_header, shard_tokens
 from test_tokenizer import TEXTS
+from weights import load_model
 
 import fineweb
-import sources
 from configurator import PathStr, UserError, configure
 from dataloader import Windows
 from evaluate import EvaluateConfig
@@ -47,10 +49,8 @@ from huggingface import ExportConfig
 from model import GPTConfig
 from report import ReportConfig
 from sample import SampleConfig
-from shards import shard_header, shard_tokens
 from tokenizer import get_tokenizer
 from train_gpt2 import TrainConfig
-from weights import load_model
 
 FULL = os.environ.get("FUZZ") == "full"
 

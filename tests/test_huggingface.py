@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import MODEL, TRAIN, call, metrics, write_shard
+from weights import check_same_logits, load_model, starting_weights
 
 import checkpoint
 import huggingface
@@ -22,7 +23,6 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from sample import generate
 from tokenizer import ENDOFTEXT, get_tokenizer, same_tokenizer, to_json
-from weights import check_same_logits, load_model, starting_weights
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

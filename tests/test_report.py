@@ -8,13 +8,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import TRAIN, call, metrics
-
 import history
 import plots
-import report
+import pytest
+from conftest import TRAIN, call, metrics
 from history import History
+
+import report
 from metrics import Metrics
 
 DATA = dict(tokenizer="bytes", vocab_size=257, train_tokens=8000, train_bytes=8000, val_tokens=900, val_bytes=899)

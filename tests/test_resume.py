@@ -16,13 +16,13 @@ import zlib
 from pathlib import Path
 
 import pytest
+import start
 import torch
 from conftest import ROOT, TRAIN, Fork, call, metrics, write_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import distributed
-import start
 import train_gpt2
 from configurator import TORCHRUN, cli
 from dataloader import DataGuard

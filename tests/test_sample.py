@@ -15,13 +15,13 @@ import torch
 from conftest import ROOT, call
 from test_model import batch, make, variants
 from torch import nn
+from weights import load_model
 
 import checkpoint
 from configurator import cli
 from model import GPT, GPTConfig
 from sample import complete, generate, main, pack, sample_token
 from tokenizer import get_tokenizer
-from weights import load_model
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@ import struct
 import zlib
 
 import pytest
+from shards import BLOCK, MAGIC, find_shards, shard_checksum, shard_header, shard_tokens
 
 from configurator import UserError
-from shards import BLOCK, MAGIC, find_shards, shard_checksum, shard_header, shard_tokens
 
 
 def test_tokens(tmp_path):

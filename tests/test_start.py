@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from start import check_options, make_plan, merge
 
 from configurator import UserError
 from model import GPTConfig
-from start import check_options, make_plan, merge
 from train_gpt2 import TrainConfig
 
 TINY = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=8)

@@ -13,10 +13,10 @@ import tiktoken
 import tokenizers
 import tqdm
 from conftest import call
+from sources import Part, Source
 
 import tokenizer
 from configurator import UserError
-from sources import Part, Source
 from tokenizer import (
     ENDOFTEXT,
     BatchEncoder,

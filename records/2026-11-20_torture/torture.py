@@ -32,9 +32,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from shards import shard_header  # noqa: E402
+
 from configurator import UserError, cli, configure  # noqa: E402
 from metrics import read_metrics  # noqa: E402
-from shards import shard_header  # noqa: E402
 
 DISK = 48 << 20  # bytes of the small file system: the checkpoints that are kept, and two more
 

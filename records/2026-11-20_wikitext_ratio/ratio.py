@@ -14,9 +14,10 @@ import tiktoken
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from wikitext import detokenize  # noqa: E402
+
 from configurator import UserError, cli, configure  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
-from wikitext import detokenize  # noqa: E402
 
 # GPT-2's own ends in `|\s+(?!\S)|\s+`: of white space before a word the last character stays apart, so that two line
 # ends before a word are two tokens. The published windows have one there.

@@ -23,11 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from shards import HEADER_BYTES, shard_header  # noqa: E402
+
 import checkpoint  # noqa: E402
 from dataloader import DataGuard, Windows, open_shard, read_meta, train_batches  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import OptimConfig, make_optimizers  # noqa: E402
-from shards import HEADER_BYTES, shard_header  # noqa: E402
 
 TOKENS = 100_000_000  # in a shard
 

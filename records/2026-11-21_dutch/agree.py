@@ -14,6 +14,7 @@ import tokenizers
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from sources import find_files, open_file
+
 from tokenizer import ENDOFTEXT, BatchEncoder, get_tokenizer, has_new_characters
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from sources import find_files, open_file
+
 from tokenizer import get_tokenizer
 
 for own, pattern in zip(sys.argv[1::2], sys.argv[2::2], strict=True):

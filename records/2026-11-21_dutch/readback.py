@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sample import generate
 from sources import find_files, open_file
-from tokenizer import get_tokenizer
 from weights import load_model
+
+from sample import generate
+from tokenizer import get_tokenizer
 
 run, folder, pattern = sys.argv[1:]
 model, tokenizer, path = load_model(run, torch.device("cpu"))

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow.parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from shards import find_shards
+
 from configurator import cli, configure
 from dataloader import open_shard
-from shards import find_shards
 from tokenizer import get_tokenizer
 
 

@@ -47,8 +47,8 @@ def main() -> None:
 
 def measure(case: dict, device: str) -> None:
     import torch
-
     from memory import Setting, foresee
+
     from model import GPT, GPTConfig
     from optim import OptimConfig, make_optimizers
 

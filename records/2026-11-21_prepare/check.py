@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sources import open_file  # noqa: E402
+
 from tokenizer import BatchEncoder, get_tokenizer, has_new_characters  # noqa: E402
 
 

@@ -19,13 +19,13 @@ sys.path.insert(0, ROOT)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
 from device import autocast  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from weights import by_our_names  # noqa: E402
+
 from distributed import World  # noqa: E402
 from evaluate import evaluate  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from weights import by_our_names  # noqa: E402
 
 T, TOKENS = 1024, 8192
 

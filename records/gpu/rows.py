@@ -188,7 +188,6 @@ def has(name: str) -> bool:
 def machine(card: Card) -> dict:
     """What it is, and its two ceilings: a large matrix product in bf16, and a copy."""
     import torch
-
     from device import git_commit, hardware
 
     n, size = (256, 1 << 20) if card.small else (8192, 1 << 31)
@@ -236,10 +235,10 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     """Of ours and of transformers', both in dtype, and of transformers' in float32: logits, loss, gradients."""
     import torch
     import transformers
+    from weights import by_our_names
 
     from huggingface import save_folder
     from model import GPT, GPTConfig
-    from weights import by_our_names
 
     torch.manual_seed(0)
     config = GPTConfig(**card.shape | flags)
@@ -491,8 +490,9 @@ def sampling(card: Card) -> dict:
 def hellaswag_rate(card: Card) -> dict:
     """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
 
-    import hellaswag
     from device import autocast, pick_dtype
+
+    import hellaswag
     from distributed import World
     from tokenizer import get_tokenizer
 
