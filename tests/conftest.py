@@ -1,6 +1,5 @@
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import io
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import forkserver
+import types
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -32,8 +31,8 @@ SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
 torch.set_num_threads(1)  # models this small are slower on two
 os.fsync = lambda handle: None  # no test takes the power away; 30,000 of them would take 10 s
 ROOT = Path(__file__).parent.parent
-MODULES = [path.stem for path in ROOT.glob("*.py")]
 FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload("conftest torch._dynamo torch.distributed.fsdp train_gpt2 evaluate hellaswag".split())
 MODEL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"]
 TRAIN = [
     *MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256", "--warmup_steps=2",
@@ -115,23 +114,12 @@ def call_processes(main, args, processes, setup=None):
     return subprocess.CompletedProcess(args, failed.exitcode if failed else 0, out, err)
 
 
-@functools.cache
-def start_fork_server():
-    """Start the process whose forks run scripts. It has imported everything and has one thread.
-
-    Forking pytest's own process would be faster still, but that one has run torch: its threads do not exist in a fork,
-    and what they held when it was made (locks, blocks of memory) stays as it was. Such forks died or hung at times.
-    """
-    FORKING.set_forkserver_preload(["conftest", "torch._dynamo", "torch.distributed.fsdp", *MODULES])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-
-
 class Fork(FORKING.Process):
-    """A script's `main` in a process of its own, in a session of its own. `exitcode` is -9 where SIGKILL ended it.
+    """A script's `main` in a process and session of its own. `exitcode` is -9 where SIGKILL ended it.
 
-    `main` and `setup` are functions of a module: they are sent by name.
+    The process is a fork of a server that has imported everything and has a single thread. Forks of pytest's own
+    process died or hung at times: it has run torch, and the threads of torch do not exist in a fork, but what they held
+    at that moment (locks, blocks of memory) does. `main` and `setup` are functions of a module: they are sent by name.
     """
 
     def __init__(self, main, *args, env=(), stdout=None, setup=None):
@@ -140,8 +128,10 @@ class Fork(FORKING.Process):
         self.env = {**os.environ, **dict(env)}
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self.stdout, self.seen = stdout or self.out.fileno(), 0
-        start_fork_server()
-        self.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # for the server, which starts only once
+            patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # else a fork runs pytest's script
+            self.start()
         atexit.register(self.end)
 
     def __getstate__(self):
