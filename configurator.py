@@ -62,16 +62,16 @@ def configure(*classes: type, argv: list[str] | None = None, positional: str | N
 
     # Read the settings, files first and then flags: a later one of the same name wins.
     hints = {name: hint for cls in classes for name, hint in hints_of(cls).items()}
+    flags = [read_flag(arg, hints) for arg in argv if arg.startswith("-")]
+    settings = []
+    for arg in argv:
+        if positional and not arg.startswith("-") and not arg.endswith(".py"):
+            settings.append((positional, arg, arg))
+        elif not arg.startswith("-"):
+            settings += read_file(arg, hints)
     values, given = {}, {}
-    for arg in sorted(argv, key=lambda arg: arg.startswith("-")):
-        if arg.startswith("-"):
-            settings = [read_flag(arg, hints)]
-        elif positional and not arg.endswith(".py"):
-            settings = [(positional, arg, arg)]
-        else:
-            settings = read_file(arg, hints)
-        for name, value, where in settings:
-            values[name], given[name] = check(name, value, hints, where), where
+    for name, value, where in settings + flags:
+        values[name], given[name] = check(name, value, hints, where), where
 
     # Build the dataclasses. A rule across options that is broken says where they were set.
     instances = []
@@ -94,7 +94,7 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
     if not path.endswith(".py"):
         raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
     if not os.path.isfile(path):
-        others = [str(other) for other in Path(path).parent.glob("*.py")]
+        others = [str(other) for other in Path(path).parent.glob("*.py") if other.is_file()]
         raise UserError(f"{path}: no such config file{nearest(path, others)}")
     namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:

@@ -55,7 +55,7 @@ class TrainConfig(OptimConfig):
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
-    parallel: Literal["ddp", "ddp_bf16", "fsdp"] = "ddp"  # each process has the whole model, or a part (fsdp: less memory, slower)
+    parallel: Literal["ddp", "ddp_bf16", "fsdp"] = "ddp"  # fsdp shares the model out; ddp_bf16 halves traffic
     activation_checkpointing: bool = False  # keep a block's input only: less memory, a quarter more computing
     chunked_loss: bool = False  # never hold the logits of all positions: less memory
     deterministic: bool = False  # the same bits in every run, on GPUs too (slower); CPU runs always have them

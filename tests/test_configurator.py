@@ -7,18 +7,17 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from configurator import ALIASES, TORCHRUN, Output, PathStr, UserError, at_least, cli, configure, help_text, options_of
-from model import GPTConfig
-from sample import SampleConfig
-from train_gpt2 import TrainConfig
+from configurator import NANOGPT, TORCHRUN, Output, PathStr, UserError, at_least, cli, configure, help_text, within
 
 
 @dataclass(frozen=True)
 class Model:
+    # size
     width: int = 8  # how wide
+    # other things
     kind: Literal["plain", "fancy"] = "plain"  # which kind
     bias: bool | None = None
 
@@ -33,11 +32,6 @@ class Train:
     steps: int | None = None  # how many
     out: str = "out"  # where
     resume: bool = False  # whether
-
-
-@pytest.fixture(autouse=True)
-def aliases(monkeypatch):
-    monkeypatch.setitem(ALIASES, "max_iters", "steps")
 
 
 def load(*argv):
@@ -63,7 +57,7 @@ def test_defaults():
         ("--out=a b=c", "out", "a b=c"),
         ("--out=2024", "out", "2024"),
         ("--out=none", "out", "none"),
-        ("--out='quoted'", "out", "quoted"),
+        ("--out='quoted'", "out", "'quoted'"),
         ("--out=", "out", ""),
     ],
 )
@@ -75,10 +69,38 @@ def test_values(flag, name, value):
     assert given == {name: f"--{name}"}
 
 
-def test_every_alias_leads_to_an_option():
-    options = {name for cls in (TrainConfig, GPTConfig, SampleConfig) for name in options_of(cls)}
-    assert {"steps", *options} >= set(ALIASES.values())
-    assert not options & ALIASES.keys()
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("max_iters=6", "did you mean max_steps?"), ("eval_iters=6", "did you mean val_tokens (counted in tokens)?"),
+        ("lr_decay_iters=6", "did you mean max_steps"), ("decay_lr=False", "--schedule=constant"),
+        ("eval_only=True", "did you mean evaluate.py"), ("wandb_log=True", "--log_to=wandb"),
+        ("init_from=resume", "use --resume=True"), ("parallel=fsdpp", "did you mean fsdp?"),
+    ],
+)  # fmt: skip
+def test_names_of_nanogpt_are_answered(tmp_path, flag, answer):
+    """As flags and in a config file."""
+    (tmp_path / "mine.py").write_text(flag.replace("resume", "'resume'").replace("fsdpp", "'fsdpp'"))
+    for arg in (f"--{flag}", tmp_path / "mine.py"):
+        done = call("train_gpt2.py", arg)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert answer in done.stderr
+
+
+def test_every_answer_to_a_name_of_nanogpt_exists():
+    options = call("train_gpt2.py", "--help").stdout
+    for name, answer in NANOGPT.items():
+        first = answer.split()[0]
+        assert f"--{first}=" in options or (ROOT / first).exists()
+        assert f"--{name}=" not in options
+
+
+def test_a_config_of_another_script():
+    train, data = ("train_gpt2.py", "config/small.py"), ("fineweb.py", "config/data/shakespeare.py")
+    for (script, _), (other, config) in ((train, data), (data, train)):
+        done = call(script, ROOT / config)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"{config}: this is a config of {other}: python {other} " in done.stderr
 
 
 def test_a_positional_argument():
@@ -87,7 +109,7 @@ def test_a_positional_argument():
         {"out": "2024", "lr": "--lr"},
     )
     assert " [OUT] [config/file.py ...] [--name=value ...]\n" in help_text((Train,), "out")
-    with pytest.raises(UserError, match=r"missing.py: No such file"):
+    with pytest.raises(UserError, match=r"missing.py: no such config file"):
         configure(Train, argv=["missing.py"], positional="out")
 
 
@@ -124,29 +146,25 @@ def test_the_last_of_a_repeated_flag_wins():
     ("argv", "said"),
     [
         (["--widht=3"], ["--widht", "unknown", "did you mean width?"]),
-        (["--width=wide"], ["--width", "'wide'", "whole number"]),
-        (["--width=1.5"], ["--width", "whole number"]),
-        (["--steps=99999999999999999999"], ["--steps", "64 bits"]),
+        (["--width=wide"], ["--width", "'wide'", "a whole number"]),
+        (["--width=1.5"], ["--width", "a whole number"]),
         (["--lr=1e400"], ["--lr", "inf", "finite"]),
-        (["--wi\ndth=3"], ["--wi dth=3: options"]),
+        (["--wi\ndth=3"], ["--wi dth", "unknown"]),
         (["a\nb"], ["a b: not a config file"]),
-        (["--width=True"], ["--width", "whole number"]),
+        (["--width=True"], ["--width", "a whole number"]),
         (["--resume=1"], ["--resume", "True or False"]),
         (["--kind=fency"], ["--kind", "'plain' or 'fancy'", "did you mean fancy?"]),
-        (["--resume"], ["--resume=True"]),
-        (["--steps"], ["--steps=VALUE"]),
-        (["-steps=3"], ["--name=value: --steps=3"]),
-        (["--steps", "6"], ["--steps 6: options look like --name=value: --steps=6"]),
-        (["--step-s", "6", "config/missing.py"], ["--step-s 6", "--steps=6"]),
-        (["--resume", "config/missing.py"], ["--resume: ", "--resume=True"]),
-        (["--max_iters=6"], ["unknown option 'max_iters'", "did you mean steps?"]),
-        (["--config=a.py"], ["--config=a.py: a config file is named without a flag: a.py"]),
+        (["--resume"], ["--resume: options look like --name=value"]),
+        (["-steps=3"], ["--name=value", "did you mean steps?"]),
+        (["--steps", "6"], ["--steps: options look like --name=value"]),
         (["steps=3"], ["--name=value"]),
         (["--width=3"], ["--width", "is odd"]),
-        (["config/missing.py"], ["config/missing.py", "No such file"]),
+        (["config/smal.py"], ["config/smal.py", "no such config file", "did you mean config/small.py?"]),
+        (["config.py"], ["config.py: no such config file"]),
     ],
 )
-def test_mistakes_on_the_command_line(argv, said):
+def test_mistakes_on_the_command_line(monkeypatch, argv, said):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
         load(*argv)
     assert "\n" not in str(error.value)
@@ -158,6 +176,7 @@ def test_mistakes_on_the_command_line(argv, said):
     ("source", "said"),
     [
         ("\nwidht = 3\n", [":2", "unknown", "did you mean width?"]),
+        ("gpus = 2\nwidth = 4 * gpus\n", [":1", "unknown option 'gpus'; a helper variable starts", "_gpus"]),
         ("lr = '3'\n", [":1", "lr = '3'", "a finite number"]),
         ("lr = 1\nlr = (\n", [":2", "SyntaxError"]),
         ("lr = 1\nout = lr + 'x'\n", [":2", "TypeError"]),
@@ -178,21 +197,40 @@ def test_mistakes_in_a_file(tmp_path, source, said):
         assert part in str(error.value)
 
 
+def test_a_config_that_is_no_readable_file(tmp_path, monkeypatch):
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(UserError, match=r"folder\.py: no such config file$"):
+        load(str(tmp_path / "folder.py"))
+    (tmp_path / "mine.py").write_text("width = 4")
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", "me")))
+    with pytest.raises(UserError, match=r"mine\.py:1: PermissionError: \[Errno 13\] no: 'me'$"):
+        load(str(tmp_path / "mine.py"))
+
+
 def test_help_has_each_option_with_its_default_choices_and_comment(capsys):
     with pytest.raises(SystemExit, match="0"):
         load("--help")
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[-11:] == [
-        "", "Model:", "--width=8 how wide", "--kind=plain 'plain' or 'fancy'; which kind", "--bias=None",
+    assert lines[-13:] == [
+        "", "size:", "--width=8 how wide", "", "other things:", "--kind=plain plain|fancy which kind", "--bias=None",
         "", "Train:", "--lr=0.001 the rate, # in full", "--steps=None how many", "--out=out where",
         "--resume=False whether",
     ]  # fmt: skip
+
+
+def test_help_of_a_run_fits_two_screens_and_one_rank_prints_it(monkeypatch):
+    for rank, lines in (("1", range(1)), ("0", range(70, 112))):
+        monkeypatch.setenv("RANK", rank)
+        done = call("train_gpt2.py", "--help")
+        assert (done.returncode, done.stdout.count("\n") in lines) == (0, True)
 
 
 def test_at_least():
     with pytest.raises(ValueError, match=r"^width = 8, but it must be at least 9$"):
         at_least(Model(), 9, "bias", "width")
     at_least(Model(), 8, "bias", "width")  # bias is None: not set
+    with pytest.raises(ValueError, match=r"^width = 8, but it must be 1 to 7$"):
+        within(Model(), 1, 7, "bias", "width")
 
 
 def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, capsys):
@@ -253,16 +291,14 @@ cli(main)
 """
 
 
-@pytest.mark.parametrize(("where", "message"), [("| true", ""), ("> /dev/full", "stdout: No space left"), (">&-", "")])
-def test_output_that_nobody_takes_ends_no_run(tmp_path, where, message):
+@pytest.mark.parametrize("where", ["| true", "> /dev/full", ">&-"])
+def test_output_that_nobody_takes_ends_no_run(tmp_path, where):
     script = tmp_path / "chatty.py"
     script.write_text(CHATTY)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     command = f"set -o pipefail; {sys.executable} chatty.py {where}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
-    assert done.stderr.count("\n") == bool(message)
-    assert message in done.stderr
+    assert (done.returncode, done.stderr, (tmp_path / "done").exists()) == (0, "", True)
 
 
 def test_characters_that_a_terminal_does_not_have_are_replaced(tmp_path):
@@ -278,21 +314,38 @@ class Terminal(io.StringIO):
 
 
 def test_control_characters_do_not_reach_a_terminal():
-    for stream, escapes, seen in (
-        (Terminal(), True, "a\n\tb\\x1b[2J\\x0d\\x9bé"),
-        (Terminal(), False, "a\n\tb\x1b[2J\r\x9bé"),
-        (io.StringIO(), True, "a\n\tb\x1b[2J\r\x9bé"),  # a file or a pipe gets the text as it is
+    """But a progress bar on stderr may go to the start of its line, a line up, and erase."""
+    text = "a\n\tb\x1b[2J\r\x1b[A\x1b[K\x9bé"
+    for stream, progress_bars, seen in (
+        (Terminal(), False, "a\n\tb\\x1b[2J\\x0d\\x1b[A\\x1b[K\\x9bé"),
+        (Terminal(), True, "a\n\tb\\x1b[2J\r\x1b[A\x1b[K\\x9bé"),
+        (io.StringIO(), False, text),  # a file or a pipe gets the text as it is
     ):
-        Output(stream, escapes).write("a\n\tb\x1b[2J\r\x9bé")
+        Output(stream, progress_bars).write(text)
         assert stream.getvalue() == seen
+
+
+def test_an_error_line_steers_no_terminal(monkeypatch):
+    def main():
+        raise UserError("\x1b]0;title\x07 is no folder")
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with pytest.raises(SystemExit, match="2"):
+        cli(main)
+    assert terminal.getvalue() == "error: \\x1b]0;title\\x07 is no folder\n"
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "4096 bytes"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
-        (MemoryError(), "out of memory;"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "(4096 bytes"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), "(8"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "(2.00 GiB"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "memory; use"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory; use"),
+        (RuntimeError("std::bad_alloc"), "memory; use"),
+        (OSError(12, "Cannot allocate memory"), "memory; use"),
+        (MemoryError(), "memory; use"),
     ],
 )
 def test_out_of_memory_is_one_line(capsys, error, line):
@@ -305,3 +358,22 @@ def test_out_of_memory_is_one_line(capsys, error, line):
     assert said.startswith("error: out of memory")
     assert line in said
     assert said.count("\n") == 1
+
+
+CHILD = """
+import time
+from configurator import end_with_torchrun
+end_with_torchrun()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_the_death_of_torchrun_ends_a_process_that_still_imports():
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **dict.fromkeys(TORCHRUN, "0")}
+    torchrun = subprocess.Popen([sys.executable, "-c", parent, CHILD], env=env, stdout=subprocess.PIPE)
+    assert torchrun.stdout.readline() == b"ready\n"
+    torchrun.kill()
+    torchrun.communicate(timeout=10)  # until the child has closed the output, too
