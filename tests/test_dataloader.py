@@ -5,7 +5,6 @@ import random
 import shutil
 import sys
 import threading
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from conftest import write_shard
 
 import dataloader
 from configurator import UserError
-from dataloader import DataGuard, Windows, data_tokenizer, permute, read_meta, step_windows, train_batches, val_batches
+from dataloader import Windows, check_data, fingerprints, permute, read_meta, step_windows, train_batches, val_batches
 
 T = 8
 CPU = torch.device("cpu")
@@ -136,30 +135,75 @@ def test_damaged_shards_are_refused(tmp_path):
         good.write_bytes(damaged)
         with pytest.raises(UserError, match="x_train_000000"):
             Windows(str(tmp_path), "train", T)
+    for path in (tmp_path, tmp_path / "none.bin"):
+        with pytest.raises(UserError, match=str(path)):
+            dataloader.open_shard(path)
 
 
-def test_missing_data_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        read_meta(str(tmp_path / "none"))
+def test_missing_data_is_one_clear_line(tmp_path, monkeypatch):
+    for folder, command in (("data/shakespeare/", "config/data/shakespeare.py"), (tmp_path / "none", "--files=")):
+        with pytest.raises(UserError, match=f"{folder}: No such file or directory; prepare it: python .*{command}"):
+            read_meta(str(folder))
     assert read_meta(str(tmp_path)) == {}
     with pytest.raises(UserError, match="no train shards"):
         Windows(str(tmp_path), "train", T)
+    with pytest.raises(UserError, match=r"no val shards .*--val_interval=0"):
+        Windows(str(tmp_path), "val", T)
     write_shard(tmp_path / "x_train_000000.bin", range(T))
     with pytest.raises(UserError, match="the largest has 8"):
         Windows(str(tmp_path), "train", T)
-
-
-def test_the_datas_tokenizer(tmp_path):
-    assert data_tokenizer(str(tmp_path), {}, 50304) == "gpt2"
-    assert data_tokenizer(str(tmp_path), {}, 1000) is None
-    assert data_tokenizer(str(tmp_path), {"tokenizer": "bytes"}, 257) == "bytes"
-    (tmp_path / "own.json").write_text("{}")
-    assert data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300) == "{}"
-    with pytest.raises(UserError, match="gone"):
-        data_tokenizer(str(tmp_path), {"tokenizer": "gone.json"}, 300)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match=r"data_dir .*x_train_000000\.bin: Not a directory$"):
+        read_meta(str(tmp_path / "x_train_000000.bin"))
+    monkeypatch.setattr(os, "listdir", lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=f"data_dir {tmp_path}: Permission denied$"):
         read_meta(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare_{}.bin", "{}.bin", "x_{}_000000.bin"])
+def test_names_of_shards_made_elsewhere(tmp_path, name):
+    """llm.c's own tiny Shakespeare has no numbers."""
+    for split, first in (("train", 0), ("val", 100)):
+        write_shard(tmp_path / name.format(split), range(first, first + 100))
+    x, _ = next(train_batches(Windows(str(tmp_path), "train", T), 1, 12, 12, 0, 1, CPU, 1))
+    assert sorted(x[:, 0].tolist()) == list(range(0, 96, T))
+    assert Windows(str(tmp_path), "val", T).read(np.array([0]))[0][0, 0] == 100
+
+
+def test_the_datas_tokenizer(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "own.json").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    assert dataloader.data_tokenizer(str(folder), {}, 50304) == "gpt2"
+    assert dataloader.data_tokenizer(str(folder), {}, 1000) is None
+    assert dataloader.data_tokenizer(str(folder), {"tokenizer": "bytes"}, 257) == "bytes"
+    with pytest.raises(UserError, match=r"data/own\.json: No such file"):
+        dataloader.data_tokenizer(str(folder), {"tokenizer": "own.json"}, 300)
+    (folder / "own.json").write_text("{}")
+    assert dataloader.data_tokenizer(str(folder), {"tokenizer": "own.json"}, 300) == "{}"
+    for outside in ("../own.json", str(tmp_path / "own.json")):
+        with pytest.raises(UserError, match=r"own\.json is outside of .*; copy it there"):
+            dataloader.data_tokenizer(str(folder), {"tokenizer": outside}, 300)
+    (folder / "own.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"own\.json: not text"):
+        dataloader.data_tokenizer(str(folder), {"tokenizer": "own.json"}, 300)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "7", "{}", '{"tokenizer": "bytes"}', b"\xff", None])
+def test_a_damaged_meta(tmp_path, content):
+    path = tmp_path / "meta.json"
+    path.mkdir() if content is None else path.write_bytes(content if type(content) is bytes else content.encode())
+    with pytest.raises(UserError, match=r"meta\.json: .*; prepare the data again"):
+        read_meta(str(tmp_path))
+
+
+def test_data_whose_preparation_is_not_finished_is_refused(tmp_path):
+    write_shard(tmp_path / "x_train_000000.bin", range(100))
+    (tmp_path / "progress.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not finished; run its fineweb\.py command again"):
+        read_meta(str(tmp_path))
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    assert read_meta(str(tmp_path))["vocab_size"] == 257  # killed between its last two steps
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -188,211 +232,91 @@ def test_more_shards_than_maps(tmp_path, monkeypatch):
         assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/x_train_") == 3
 
 
-@pytest.mark.parametrize("name", ["my_train_set", "val_val_x", "[x]"])
-def test_a_folder_whose_name_has_a_splits_name_in_it(tmp_path, name):
-    (tmp_path / name).mkdir()
-    write_shard(tmp_path / name / f"{name}_train_000001.bin", range(100))
-    write_shard(tmp_path / name / f"{name}_val_000000.bin", range(100, 200))
-    assert [len(Windows(str(tmp_path / name), split, T).paths) for split in ("train", "val")] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"vocab_size": 0}, {"vocab_size": 2**40}, {"val_bytes": "1"}, {"val_words": -1}, {"val_tokens": None},
-        {"shards": 1}, {"shards": None}, {"shards": {"val": 1}}, {"shards": {"val": {"a": 1}}},
-        {"shards": {"val": {"a": [1, "2"]}}}, {"shards": {"val": {"a": [1]}}},
-    ],
-)  # fmt: skip
-def test_meta_that_is_damaged(tmp_path, changed):
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "train_tokens": 9, "val_tokens": 9, **changed}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=next(iter(changed))):
-        read_meta(str(tmp_path))
-
-
-def test_files_of_a_data_folder_that_cannot_be_read(tmp_path):
-    (tmp_path / "meta.json").mkdir()
-    with pytest.raises(UserError, match=r"meta\.json"):
-        read_meta(str(tmp_path))
-    (tmp_path / "own.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"own\.json"):
-        data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300)
-    (tmp_path / "own.json").unlink()
-    (tmp_path / "own.json").mkdir()
-    with pytest.raises(UserError, match=r"own\.json"):
-        data_tokenizer(str(tmp_path), {"tokenizer": "own.json"}, 300)
-
-
-def test_data_whose_preparation_is_not_finished_is_refused(tmp_path):
-    """With the command that finishes it."""
-    write_shard(tmp_path / "x_train_000000.bin", range(100))
-    (tmp_path / "progress.json").write_text(json.dumps({"command": "python fineweb.py '--files=a b'"}))
-    with pytest.raises(UserError, match=r"not finished; finish it: python fineweb\.py '--files=a b'$"):
-        read_meta(str(tmp_path))
-    for content in (b"{}", b"\xff", b"", b"{"):
-        (tmp_path / "progress.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"run its fineweb\.py command again"):
-            read_meta(str(tmp_path))
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
-    assert read_meta(str(tmp_path))["vocab_size"] == 257  # killed between its last two steps
-
-
-# Data that changes
+# Data that changes between two runs
 
 
 @pytest.fixture(params=[True, False], ids=["checksums", "no checksums"])
-def guarded(tmp_path, request):
-    """(folder of a large and a small train shard, its meta.json with checksums or without)."""
-    (tmp_path / "data").mkdir()
-    names = {"x_train_000000.bin": (1 << 20) + 5000, "x_train_000001.bin": 300}
-    shards = {}
-    for name, count in names.items():
-        tokens = np.arange(count, dtype="<u2")
-        write_shard(tmp_path / "data" / name, tokens)
-        shards[name] = [count, zlib.crc32(tokens.tobytes())]
-    return tmp_path / "data", {"shards": {"train": shards}} if request.param else {}
+def data(tmp_path, request):
+    """(a folder of a large and a small train shard, its meta.json with checksums or without)."""
+    folder, names = tmp_path / "data", ("x_train_000000.bin", "x_train_000001.bin")
+    folder.mkdir()
+    for name, count in zip(names, ((1 << 20) + 5000, 300), strict=True):
+        write_shard(folder / name, np.arange(count) % 251)
+    return folder, {"shards": {"train": {name: [0, 7] for name in names}}} if request.param else {}
 
 
-def watch(guarded, saved=None):
-    guard = DataGuard(str(guarded[0]), ["train"], guarded[1], saved or {})
-    guard.check()
-    return guard
+@pytest.mark.parametrize("how", ["copied", "touched", "another file"])
+def test_data_that_is_the_same(data, tmp_path, how):
+    folder, meta = data
+    saved = json.loads(json.dumps(fingerprints(str(folder), meta)))  # as a checkpoint has it
+    if how == "copied":
+        folder = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    elif how == "touched":
+        os.utime(folder / "x_train_000001.bin", (1, 1))
+    else:
+        (folder / "notes.txt").write_text("not a shard")
+    check_data(str(folder), saved, fingerprints(str(folder), meta))
 
 
-def overwrite(path, how):
-    """New tokens, or the same ones."""
-    status, data = path.stat(), bytearray(path.read_bytes())
-    if how == "99%":  # of a large shard, all but 16 pages spread over it
-        pages = np.linspace(0, len(data) - 1024 - 4096, 16).astype(int)
-        kept = [data[1024 + page : 1024 + page + 4096] for page in pages]
-        data[1024:] = bytes(len(data) - 1024)
-        for page, content in zip(pages, kept, strict=True):
-            data[1024 + page : 1024 + page + 4096] = content
-    elif how == "one token":
-        data[-2] ^= 1
+@pytest.mark.parametrize("how", ["longer", "one token", "rewritten", "new", "gone", "prepared anew"])
+def test_data_that_changed_is_refused_by_name(data, how):
+    folder, meta = data
+    saved, path = fingerprints(str(folder), meta), folder / "x_train_000001.bin"
+    if how == "gone":
+        path.unlink()
+    elif how == "new":
+        write_shard(path := folder / "x_train_000002.bin", range(9))
     elif how == "longer":
-        data += b"12"
-    path.write_bytes(data)
-    later = status.st_mtime_ns + (0 if how == "one token, same time" else 10**9)
-    os.utime(path, ns=(later, later))
-
-
-def test_what_a_checkpoint_keeps_of_the_data(guarded):
-    folder, meta = guarded
-    record = watch(guarded).record
-    assert list(record) == ["train"]
-    for name, count in (("x_train_000000.bin", (1 << 20) + 5000), ("x_train_000001.bin", 300)):
-        status = (folder / name).stat()
-        checksum = zlib.crc32(np.arange(count, dtype="<u2").tobytes()) if meta else None
-        assert record["train"][name] == {
-            "tokens": count, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": checksum,
-        }  # fmt: skip
-
-
-def test_the_same_data_between_two_runs(guarded, tmp_path):
-    saved = json.loads(json.dumps(watch(guarded).record))
-    assert watch(guarded, saved).record == saved
-    shutil.copytree(guarded[0], tmp_path / "copy")  # as cp -p
-    assert watch((tmp_path / "copy", guarded[1]), saved).record == saved
-    assert (
-        watch(guarded, {"train": dict.fromkeys(saved["train"], 7), "val": {"x": 7}}).record["train"] == saved["train"]
-    )
-
-
-@pytest.mark.parametrize("how", ["longer", "one token", "touched", "new", "gone", "prepared anew"])
-def test_data_that_changed_between_two_runs(guarded, how):
-    folder, meta = guarded
-    saved, path = watch(guarded).record, folder / "x_train_000001.bin"
-    if how == "gone":
-        path.unlink()
-    elif how == "new":
-        path = folder / "x_train_000002.bin"
-        write_shard(path, range(9))
+        write_shard(path, np.arange(301) % 251)
+    elif how == "one token":
+        write_shard(path, [*(np.arange(299) % 251), 9])
+    elif how == "rewritten":  # a large one, of the same size
+        write_shard(path := folder / "x_train_000000.bin", (np.arange((1 << 20) + 5000) + 1) % 251)
+    elif meta:
+        meta["shards"]["train"][path.name] = [0, 8]
     else:
-        overwrite(path, how)
-    if how == "prepared anew" and meta:
-        meta["shards"]["train"][path.name][1] += 1
-    if meta and how in ("one token", "touched"):  # looked at by its checksum, behind the first step
-        guard = watch(guarded, saved)
-        guard.start_reading()
-        guard.reader.join()
-        assert bool(guard.problem) == (how == "one token")
         return
-    with pytest.raises(UserError, match=path.name) as error:
-        watch(guarded, saved)
-    assert ("cp -p" in str(error.value)) == (not meta and how in ("one token", "touched", "prepared anew"))
-
-
-@pytest.mark.parametrize("how", ["longer", "one token", "99%", "touched", "new", "gone"])
-@pytest.mark.parametrize("name", ["x_train_000000.bin", "x_train_000001.bin"])
-def test_data_that_changes_during_a_run(guarded, how, name):
-    folder, meta = guarded
-    guard, path = watch(guarded), folder / name
-    guard.start_reading()
-    guard.reader.join()
-    guard.check()
-    if how == "gone":
-        path.unlink()
-    elif how == "new":
-        path = folder / "x_train_000002.bin"
-        write_shard(path, range(9))
-    elif how == "99%" and name == "x_train_000001.bin":
-        return
-    else:
-        overwrite(path, how)
-    if meta and how == "touched":
-        guard.check()
-        assert guard.record["train"][name]["mtime_ns"] == path.stat().st_mtime_ns
-        return
-    with pytest.raises(UserError, match=path.name):
-        guard.check()
-
-
-def test_all_tokens_are_compared_with_their_checksum_once_behind_the_first_step(guarded, monkeypatch):
-    """Also those of a shard whose size and time are as they were."""
-    folder, meta = guarded
-    saved, path = watch(guarded).record, folder / "x_train_000000.bin"
-    status = path.stat()
-    overwrite(path, "99%")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    threads, real = [], dataloader.shard_checksum
-    monkeypatch.setattr(
-        dataloader, "shard_checksum", lambda path: threads.append(threading.current_thread()) or real(path)
-    )
-    guard = watch(guarded, saved)
-    guard.check()
-    assert not threads
-    for _ in range(2):
-        guard.start_reading()
-        guard.reader.join()
-    assert threads == [guard.reader] * bool(meta)  # the first shard that is wrong is enough
-    if meta:
-        with pytest.raises(UserError, match=r"x_train_000000\.bin.*checksum"):
-            guard.check()
-
-
-def test_a_shard_that_cannot_be_read_is_a_line(guarded):
-    if guarded[1]:
-        guard = watch(guarded)
-        (guarded[0] / "x_train_000001.bin").unlink()
-        (guarded[0] / "x_train_000001.bin").mkdir()
-        guard.start_reading()
-        guard.reader.join()
-        with pytest.raises(UserError, match=r"x_train_000001\.bin: Is a directory"):
-            guard.check()
+    with pytest.raises(UserError, match=rf"{path.name} (is new|is gone|has other tokens) since this run began"):
+        check_data(str(folder), saved, fingerprints(str(folder), meta))
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("mps", False), ("cpu", False)])
-def test_how_batches_are_copied(shards, monkeypatch, device, pinned):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_how_batches_are_copied(shards, monkeypatch, split, device, pinned):
     """Pinned and not waited for on CUDA alone, and from contiguous rows: others are pinned in vain."""
     copies, pins = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pins.append(x.data_ptr()) or x)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: copies.append((x, non_blocking)) or x)
-    batches = train_batches(Windows(str(shards), "train", T), 1, 6, 3, 0, 1, torch.device(device), 1)
+    windows, device = Windows(str(shards), split, T), torch.device(device)
+    is_train = split == "train"
+    batches = (
+        train_batches(windows, 1, 6, 3, 0, 1, device, 1) if is_train else val_batches(windows, 99, 3, 0, 1, device)
+    )
     x, y = next(batches)
     batches.close()
     assert torch.equal(y, x + 1)
     assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
     assert [non_blocking for _, non_blocking in copies] == [pinned] * 2
     assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins
+
+
+def test_reading_goes_on_while_a_batch_is_used(shards):
+    """In another thread, a few batches ahead; an error in it is raised where its batch is due."""
+    windows, me = Windows(str(shards), "val", T), threading.get_ident()
+    read, threads, ready = windows.read, [], threading.Event()
+
+    def watched(indices):
+        threads.append(threading.get_ident())
+        if len(threads) == 3:
+            ready.set()
+            raise UserError("the third")
+        return read(indices)
+
+    windows.read = watched
+    batches = val_batches(windows, 99, 1, 0, 1, CPU)
+    next(batches)
+    next(batches)
+    assert ready.wait(10)
+    assert me not in threads
+    with pytest.raises(UserError, match="the third"):
+        next(batches)
