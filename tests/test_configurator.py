@@ -250,10 +250,10 @@ class Terminal(io.StringIO):
 
 def test_control_characters_do_not_reach_a_terminal(monkeypatch):
     """But a progress bar on stderr may go to the start of its line, a line up, and erase."""
-    text = "a\n\tb\x1b[2J\r\x1b[A\x1b[K\x9bé"
+    text = "a\n\tb\b\x1b[2J\r\x1b[A\x1b[K\x9bé"
     for stream, progress_bars, seen in (
-        (Terminal(), False, "a\n\tb\\x1b[2J\\x0d\\x1b[A\\x1b[K\\x9bé"),
-        (Terminal(), True, "a\n\tb\\x1b[2J\r\x1b[A\x1b[K\\x9bé"),
+        (Terminal(), False, "a\n\tb\\x08\\x1b[2J\\x0d\\x1b[A\\x1b[K\\x9bé"),
+        (Terminal(), True, "a\n\tb\\x08\\x1b[2J\r\x1b[A\x1b[K\\x9bé"),
         (io.StringIO(), False, text),  # a file or a pipe gets the text as it is
     ):
         Output(stream, progress_bars).write(text)
