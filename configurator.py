@@ -110,8 +110,10 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: f"{path}:{node.lineno}" for node in sorted(names, key=lambda node: node.lineno)}
     public = [name for name in namespace if name in known or (name in lines and not name.startswith("_"))]
-    for name in set(public) - set(known):
-        # A config's head comment shows its command, say "python fineweb.py config/data/imdb.py".
+    for name in public:
+        if name in known:
+            continue
+        # A config starts with a comment that shows its command: "python fineweb.py config/..."
         command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
         if command and command[1] != os.path.basename(sys.argv[0]):
             raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
@@ -218,6 +220,7 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's `main` and exit with what it returns; a UserError is one line and status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts switch it off while they import
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, progress_bars=True)
+    end_with_torchrun()
     try:
         status = main() or 0
     except UserError as error:
