@@ -274,8 +274,10 @@ def test_data_that_changed_is_refused_by_name(data, how):
     elif how == "new":
         write_shard(path := folder / "x_train_000002.bin", range(9))
         change = "is new"
-    elif how == "rewritten":  # a large one, of the same size
-        write_shard(path := folder / "x_train_000000.bin", (np.arange((1 << 20) + 5000) + 1) % 251)
+    elif how == "rewritten":  # a tenth of a large one
+        tokens = np.arange((1 << 20) + 5000) % 251
+        tokens[500_000:605_000] = 3
+        write_shard(path := folder / "x_train_000000.bin", tokens)
     elif how == "prepared anew" and meta:
         meta["shards"]["train"][path.name] = [0, 8]
     else:
