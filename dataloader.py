@@ -1,8 +1,9 @@
 """Which tokens make up step s, and reading them.
 
-A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from i * seq_len. All windows
-of all shards are shuffled together once per epoch. The windows of step s depend on (seed, s) and nothing else: a
-checkpoint needs no position in the data, and the global batch is the same on any number of processes.
+A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from
+i * seq_len. All windows of all shards are shuffled together once per epoch. The windows of step s
+depend on (seed, s) and nothing else: a checkpoint needs no position in the data, and the global
+batch is the same on any number of processes.
 """
 
 import itertools
@@ -215,8 +216,7 @@ def train_batches(
 
     def read() -> Batches:
         for s in itertools.count(step):
-            # The windows of a step are dealt out in turn: micro-batch 0 of rank 0, of rank 1, ...,
-            # then micro-batch 1.
+            # A step's windows are dealt out in turn: micro-batch 0 of rank 0, of rank 1, and so on.
             mine = step_windows(s, rows, len(windows), seed).reshape(micro_batches, world_size, batch_size)[:, rank]
             for indices in mine:
                 yield windows.read(indices)
@@ -239,18 +239,18 @@ def val_batches(
 
 
 def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
-    """The same batches on the device. A thread reads this many ahead, so that a GPU never waits for
-    the disk."""
+    """The same batches on the device. A thread reads ahead, so that a GPU never waits for a disk."""
     on_gpu = device.type == "cuda"  # on MPS a copy that is not waited for may hold anything
 
     def read() -> tuple[Tensor, Tensor] | None:
-        x, y = next(batches, (None, None))
-        if x is None or not on_gpu:
-            return x, y
-        return x.pin_memory(), y.pin_memory()  # pinned memory is copied to the GPU while it computes
+        batch = next(batches, None)
+        if batch and on_gpu:  # a GPU copies from pinned memory while it computes
+            batch = batch[0].pin_memory(), batch[1].pin_memory()
+        return batch
 
     with ThreadPoolExecutor(1) as reader:
         waiting = deque(reader.submit(read) for _ in range(ahead))
-        while (batch := waiting.popleft().result())[0] is not None:
-            yield tuple(tensor.to(device, non_blocking=on_gpu) for tensor in batch)
+        while batch := waiting.popleft().result():
+            x, y = batch
+            yield x.to(device, non_blocking=on_gpu), y.to(device, non_blocking=on_gpu)
             waiting.append(reader.submit(read))
