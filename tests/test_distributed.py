@@ -168,7 +168,7 @@ def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch, signa
         monkeypatch.setenv(name, "0")
     stop = StopRequest()
     assert (bool(stop), stop.reason) == (False, "a signal to another process")  # for which all of them stop
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: stop.parent + 1)
     if signalled:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop
