@@ -9,7 +9,10 @@ The run goes to out_dir: metrics.jsonl and ckpt_<step>.pt. A stopped run goes on
 import gc
 import signal
 
+from configurator import end_with_torchrun
+
 if __name__ == "__main__":
+    end_with_torchrun()  # it may be killed while this process imports torch
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
     gc.disable()  # nothing becomes garbage before the loop, and looking for it takes a tenth of the time to get there
 
@@ -52,7 +55,7 @@ class TrainConfig(OptimConfig):
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products; weights are float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or a part (fsdp: less memory, slower)
+    parallel: Literal["ddp", "ddp_bf16", "fsdp"] = "ddp"  # fsdp shares the model out; ddp_bf16 halves traffic
     activation_checkpointing: bool = False  # keep a block's input only: less memory, a quarter more computing
     chunked_loss: bool = False  # never hold the logits of all positions: less memory
     deterministic: bool = False  # the same bits in every run, on GPUs too (slower); CPU runs always have them
@@ -538,7 +541,7 @@ def build(run: Run, state: State) -> None:
         model.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with run.autocast:
-        run.wrapped = world.wrap(model, *example, warm_up=compiled)
+        run.wrapped = world.wrap(model, *example, warm_up=compiled, bf16=config.parallel == "ddp_bf16")
     run.stop, run.launched = StopRequest(), time.perf_counter() - state.seconds
 
 

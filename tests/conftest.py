@@ -27,7 +27,6 @@ from distributed import StopRequest
 from files import shard_header
 from model import GPT
 
-SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
 torch.set_num_threads(1)  # models this small are slower on two
 os.fsync = lambda handle: None  # no test takes the power away; 30,000 of them would take 10 s
 ROOT = Path(__file__).parent.parent
@@ -62,25 +61,23 @@ def data_dir(tmp_path_factory):
 
 def run(script, *args, processes=None, cwd=ROOT, **kwargs):
     """Run a script as a user would, alone or under torchrun; the finished process, with its text output."""
-    launcher = [sys.executable]
-    if processes:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(ROOT / script), *map(str, args)]
+    command = [sys.executable, *torchrun, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def call(script, *args, processes=None, setup=None):
-    """The same without the seconds of starting Python and importing torch: inside this process, or in several forks.
+    """The same without the seconds of starting Python and importing torch: inside this process, or in several forks,
+    set up as by torchrun. If one fails, the others are killed, and its status is that of all.
 
-    `processes`: as torchrun starts them; once one fails, the others are killed, and its status is that of all.
-    `setup`: a function of a test's module (not a local one) that each fork calls first. Use it where you would use
-    monkeypatch, which changes only this process.
+    `setup`: a function of a test's module that each fork calls first. (monkeypatch changes only this process.)
     """
     main = importlib.import_module(script.removesuffix(".py")).main
     if processes:
         return call_processes(main, args, processes, setup)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    numbers = [getattr(signal, name) for name in StopRequest.SIGNALS]
+    before = {number: signal.getsignal(number) for number in numbers}
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
     try:
@@ -96,13 +93,13 @@ def call(script, *args, processes=None, setup=None):
 
 def call_processes(main, args, processes, setup=None):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        env = dict.fromkeys(TORCHRUN, str(processes)) | {"MASTER_PORT": str(server.getsockname()[1])}
-        env |= {"MASTER_ADDR": "127.0.0.1"}
-    envs = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    ranks = [Fork(main, *args, env=env, setup=setup) for env in envs]
+        port = str(server.getsockname()[1])
+    envs = [(str(rank), str(rank), str(processes), "127.0.0.1", port) for rank in range(processes)]
+    ranks = [Fork(main, *args, env=dict(zip(TORCHRUN, env, strict=True)), setup=setup) for env in envs]
     failed = None
     while running := [rank for rank in ranks if rank.exitcode is None]:
-        in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=60)
+        in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=120)
+        # If two have failed, the one that wrote first told why, and the other only missed it.
         failed = failed or min((rank for rank in ranks if rank.exitcode), key=Fork.last_word, default=None)
         for rank in running:
             if failed or not in_time:
@@ -117,9 +114,8 @@ def call_processes(main, args, processes, setup=None):
 class Fork(FORKING.Process):
     """A script's `main` in a process and session of its own. `exitcode` is -9 where SIGKILL ended it.
 
-    The process is a fork of a server that has imported everything and has a single thread. Forks of pytest's own
-    process died or hung at times: it has run torch, and the threads of torch do not exist in a fork, but what they held
-    at that moment (locks, blocks of memory) does. `main` and `setup` are functions of a module: they are sent by name.
+    It is a fork of a server that has imported everything, has run nothing and has one thread. (pytest's process has run
+    torch, whose threads are missing in a fork.) `main` and `setup` are functions of a module: they are sent by name.
     """
 
     def __init__(self, main, *args, env=(), stdout=None, setup=None):
@@ -135,7 +131,7 @@ class Fork(FORKING.Process):
         atexit.register(self.end)
 
     def __getstate__(self):
-        """What is sent: open files as handles that the process gets copies of."""
+        # What is sent: open files as handles, of which the process gets copies.
         return self.__dict__ | dict(out=None, err=DupFd(self.err.fileno()), stdout=DupFd(self.stdout))
 
     def run(self):
@@ -157,8 +153,7 @@ class Fork(FORKING.Process):
         return os.pread(file, os.fstat(file).st_size, 0).decode()
 
     def last_word(self):
-        """When it last wrote to stderr: where two have failed, one told why before the other missed it."""
-        return os.fstat(self.err.fileno()).st_mtime_ns
+        return os.fstat(self.err.fileno()).st_mtime_ns  # when it last wrote to stderr
 
     def until(self, text):
         """Wait until it has written this, behind what was waited for before."""
@@ -180,7 +175,7 @@ class Fork(FORKING.Process):
         return status
 
     def end(self):
-        """Kill it, and what it has started, if it is still there: whatever failed, pytest must not wait for it."""
+        """Kill it and what it has started: whatever failed, pytest must not wait for it."""
         atexit.unregister(self.end)  # which would keep its files open
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):  # it has no session yet
