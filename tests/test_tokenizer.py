@@ -34,7 +34,7 @@ SCRIPTS = """Όλοι οι άνθρωποι γεννιούνται ελεύθε�
 Все люди рождаются свободными и равными в своем достоинстве и правах. يولد جميع الناس أحراراً متساوين في الكرامة والحقوق.
 כל בני האדם נולדו בני חורין ושווים בערכם. सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।
 மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர் มนุษย์ทั้งปวงเกิดมามีอิสระและเสมอภาคกันในศักดิ์ศรีและสิทธิ
-人人生而自由,在尊严和权利上一律平等。すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。 모든 인간은 태어날 때부터 자유로우며
+人人生而自由,在尊严和权利上一律平等。すべての人間は、生まれながらにして自由であり、 모든 인간은 태어날 때부터 자유로우며
 Բոլոր մարդիկ ծնվում են ազատ ու հավասար ყველა ადამიანი იბადება თავისუფალი የሰው ልጅ ሁሉ ሲወለድ ነጻና በክብርና በመብትም እኩልነት ያለው ነው።
 Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.""".split("\n")
 
@@ -154,109 +154,77 @@ def test_threads_that_cannot_be_started_are_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == "after it"
 
 
-# ---- tokenizer.json: functions that change one
+# ---- tokenizer.json: kinds of it, as what to replace by what in the one that was learned
 
-
-def vocab(**changed):
-    return lambda data: data["model"]["vocab"].update(changed)
-
-
-def add(content, i=None, **flags):
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | dict(special=True) | flags
-    token = {"id": 600 if i is None else i, "content": content, **flags}
-    return lambda data: data["added_tokens"].append(token) or (i and vocab(**{content: i})(data))
-
-
-def document_token(content):
-    return lambda data: (
-        data["added_tokens"][0].update(content=content),
-        vocab(**{content: data["model"]["vocab"].pop(ENDOFTEXT)})(data),
-    )
-
-
-def splitter(*parts, **byte_level):
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not parts}
-    return lambda data: data.update(
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [*parts, by_bytes | byte_level]}
-    )
-
-
-def regex(pattern):
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def bytes_last(data):
-    tokens = sorted(data["model"]["vocab"], key=lambda token: (len(token) == 1, data["model"]["vocab"][token]))
-    data["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
-    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT]
-
-
-def template(data):
-    single = [{"SpecialToken": {"id": ENDOFTEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {ENDOFTEXT: {"id": ENDOFTEXT, "ids": [0], "tokens": [ENDOFTEXT]}}
-    data["post_processor"] = dict(type="TemplateProcessing", single=single, pair=single, special_tokens=special)
-
-
-def cut_and_padded(data):
-    data["truncation"] = dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0)
-    data["padding"] = dict(strategy={"Fixed": 9}, direction="Right", pad_id=0, pad_type_id=0, pad_token=ENDOFTEXT)
-
-
-def holes(data):
-    data["added_tokens"][0]["id"] = data["model"]["vocab"][ENDOFTEXT] = 1000
-
-
-def several(*changes):
-    return lambda data: [change(data) for change in changes]
-
-
-def swap_last(data):
-    a, b = list(data["model"]["vocab"])[-2:]
-    vocab(**{a: data["model"]["vocab"][b], b: data["model"]["vocab"][a]})(data)
-
-
-def model(**changed):
-    return lambda data: data["model"].update(changed)
-
-
+FLAGS = '"single_word":false,"lstrip":true,"rstrip":false,"normalized":true'
+LAST, BY_BYTES = (
+    '"special":true}]',
+    '{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}',
+)
+DEFAULT = '{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":false,"use_regex":true}'
+PIECES = '[{"SpecialToken":{"id":"<|endoftext|>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}]'
+TEMPLATE = f'"post_processor":{{"type":"TemplateProcessing","single":{PIECES},"pair":{PIECES},"special_tokens":'
+TEMPLATE += '{"<|endoftext|>":{"id":"<|endoftext|>","ids":[0],"tokens":["<|endoftext|>"]}}}'
+CUT = '{"direction":"Right","max_length":8,"strategy":"LongestFirst","stride":0}'
+PADDED = '{"strategy":{"Fixed":9},"direction":"Right","pad_id":0,"pad_type_id":0,"pad_token":"<|endoftext|>"}'
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+LLAMA3 += r"\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(pattern):
+    by_regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    by_bytes = json.loads(BY_BYTES) | {"use_regex": False}
+    return (BY_BYTES, json.dumps({"type": "Sequence", "pretokenizers": [by_regex, by_bytes]}))
+
+
 ACCEPTED = {
-    "as learned": several(), "post-processor": template, "cut and padded": cut_and_padded, "holes": holes,
-    "special tokens with flags": several(add("<pad>"), add("<mask>", 601, lstrip=True, normalized=True)),
-    "bytes behind their merges": bytes_last, "the same regex": splitter(regex(GPT2)),
-    "whole words looked up": model(ignore_merges=True), "document token </s>": document_token("</s>"),
-    "merges as strings": lambda data: model(merges=[" ".join(m) for m in data["model"]["merges"]])(data),
-}  # fmt: skip
-REFUSED = {
-    "a WordPiece model": lambda data: data.update(
-        model=dict(
-            type="WordPiece", unk_token="a", continuing_subword_prefix="##", max_input_chars_per_word=9, vocab={}
-        )
-    ),
-    "a Unigram model": lambda data: data.update(model=dict(type="Unigram", unk_id=0, vocab=[["a", 0]])),
-    "without a normalizer": lambda data: data.update(normalizer={"type": "NFC"}),
-    "'new word' is not special": add("new word", special=False),
-    "needs a special token .* </s>": document_token("<pad>"),
-    "all 256 bytes": several(lambda data: data["model"]["vocab"].pop("!"), model(merges=[])),
-    "nothing but bytes": vocab(中=600),
-    "the id of another token": add("<x>", 65),
-    "into words as GPT-2 does": splitter(regex(LLAMA3)),
-    "split texts into words as": splitter(add_prefix_space=True),
-    "not split texts into words": splitter({"type": "Digits", "individual_digits": True}),
-    "does not split texts": lambda data: data.update(pre_tokenizer={"type": "Whitespace"}),
-    "other ids": lambda data: data["model"]["merges"].pop(),
-    "in the order of its merges": swap_last,
-    "do not make its token 'Ġqqq'": several(vocab(Ġqqq=700), model(ignore_merges=True)),
-    "not a tokenizer.json: ": lambda data: data["added_tokens"][0].update(id=-1),
+    "as learned": [],
+    "post-processor": [(f'"post_processor":{DEFAULT}', TEMPLATE)],
+    "cut and padded": [('"truncation":null', f'"truncation":{CUT}'), ('"padding":null', f'"padding":{PADDED}')],
+    "holes": [('"<|endoftext|>":0', '"<|endoftext|>":1000'), ('"id":0', '"id":1000')],
+    "flags": [(LAST, f'{LAST[:-1]},{{"id":600,"content":"<mask>",{FLAGS},"special":true}}]')],
+    "the same regex": [split(GPT2)],
+    "whole words looked up": [('"ignore_merges":false', '"ignore_merges":true')],
+    "document token </s>": [(ENDOFTEXT, "</s>")],
+    "a byte behind its merges": [('"e":69', '"e":600')],
 }
+REFUSED = {
+    "Unigram model": [
+        ('"model":...', '"model":{"type":"Unigram","unk_id":0,"vocab":[["a",0]],"byte_fallback":false}}')
+    ],
+    "WordPiece model": [
+        ('"model":{"type":"BPE"', '"model":{"type":"WordPiece","max_input_chars_per_word":9'),
+        ('"unk_token":null,"continuing_subword_prefix":null', '"unk_token":"a","continuing_subword_prefix":"##"'),
+    ],
+    "without a normalizer": [('"normalizer":null', '"normalizer":{"type":"NFC"}')],
+    "'new word' is not special": [(LAST, f'{LAST[:-1]},{{"id":600,"content":"new word",{FLAGS},"special":false}}]')],
+    "needs a special token .* </s>": [(ENDOFTEXT, "<pad>")],
+    "all 256 bytes": [('"!":1,', '"\U0001f642":1,')],
+    "the id of another token": [('"<|endoftext|>":0', '"<|endoftext|>":70'), ('"id":0', '"id":70')],
+    "words as GPT-2 does": [split(LLAMA3)],
+    "into words as": [(BY_BYTES, BY_BYTES.replace('"add_prefix_space":false', '"add_prefix_space":true'))],
+    "split texts": [
+        (BY_BYTES, f'{{"type":"Sequence","pretokenizers":[{{"type":"Digits","individual_digits":true}},{BY_BYTES}]}}')
+    ],
+    "does not split": [(BY_BYTES, '{"type":"Whitespace"}')],
+    "other ids": [(',["g","h"]', "")],
+    "in the order of its merges": [('"gh":598', '"gh":700')],
+    "make its token 'qqq'": [('"ignore_merges":false', '"ignore_merges":true'), ('"gh":598', '"gh":598,"qqq":700')],
+    "not a tokenizer.json: ": [('"id":0', '"id":-1')],
+}
+
+
+def changed(content, replacements):
+    for old, new in replacements:
+        assert old.removesuffix("...") in content
+        content = content.partition(old[:-3])[0] + new if old.endswith("...") else content.replace(old, new)
+    return content
 
 
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_tokenizer_json_of_many_kinds(hf, tmp_path, kind):
-    data = json.loads(hf)
-    ACCEPTED[kind](data)
-    content = json.dumps(data)
+    content = changed(hf, ACCEPTED[kind])
     theirs = tokenizers.Tokenizer.from_str(content)
     theirs.encode_special_tokens = True
     theirs.no_truncation()
@@ -267,18 +235,16 @@ def test_tokenizer_json_of_many_kinds(hf, tmp_path, kind):
     for text in texts:
         assert enc.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
     check_batch(enc, texts)
-    assert enc.eot_token == data["added_tokens"][0]["id"]
-    assert unused_ids(enc).tolist() == ([0, *range(600, 1000)] if kind == "holes" else [])
+    assert enc.eot_token == json.loads(content)["added_tokens"][0]["id"]
+    assert unused_ids(enc).tolist() == {"holes": [0, *range(600, 1000)], "a byte behind its merges": [69]}.get(kind, [])
     (tmp_path / "own.json").write_text(content)
     assert tokenizer.tokenizer_content(str(tmp_path / "own.json")) == to_json(content) == content  # flags as they came
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_tokenizer_json_that_is_refused(hf, message):
-    data = json.loads(hf)
-    REFUSED[message](data)
     with pytest.raises(UserError, match=message) as error:
-        get_tokenizer(json.dumps(data))
+        get_tokenizer(changed(hf, REFUSED[message]))
     assert "\n" not in str(error.value)
 
 
@@ -379,7 +345,7 @@ def test_learning_takes_as_much_as_asked_for_and_no_validation_text(texts, tmp_p
     few = get_tokenizer(str(out)).encode_ordinary
     assert len(few("the cat")) < len(few("de kat"))
     out.unlink()
-    texts.rename(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "the cat sat " * 9}) + "\n")
     (tmp_path / "validation.jsonl").write_text(blackboards * 50)
     done = call("tokenizer.py", f"--dataset={tmp_path}", "--val_split=validation", f"--out={out}")
     assert (done.returncode, "no other pair of tokens comes twice" in done.stdout) == (0, True)
@@ -407,7 +373,10 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, flags, message):
 
 
 def test_a_full_disk_is_one_line(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: os.read(-1, 1))  # EBADF stands for ENOSPC
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     done = call("tokenizer.py", f"--files={texts}", "--vocab_size=300", f"--out={tmp_path / 'a.json'}")
-    check_refused(done, f"a.json: {os.strerror(errno.EBADF)}; mend that and run the same command again")
+    check_refused(done, "a.json: No space left on device; mend that and run the same command again")
     assert list(tmp_path.iterdir()) == [texts]
