@@ -23,9 +23,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-import torch
 from conftest import TRAIN, call
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import TEXTS
 
@@ -39,11 +38,11 @@ FULL = os.environ.get("FUZZ") == "full"
 
 
 def cases(small, full):
-    """So many inputs in the suite, and so many with FUZZ=full."""
-    count, checks = full if FULL else small, list(HealthCheck)
-    return settings(
-        max_examples=count, derandomize=not FULL, deadline=None, database=None, suppress_health_check=checks
-    )
+    """So many inputs in the suite, and so many with FUZZ=full, which also makes a failing one small."""
+    common = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    if FULL:
+        return settings(max_examples=full, **common)
+    return settings(max_examples=small, derandomize=True, phases=[Phase.generate], **common)
 
 
 def check_line(error, *names):
@@ -96,7 +95,7 @@ VALUES = st.integers() | st.floats() | st.booleans() | st.none() | st.text(max_s
 ASSIGNED = st.tuples(st.sampled_from(list(Plain.__annotations__)), VALUES).map(lambda t: f"{t[0]} = {t[1]!r}")
 
 
-@cases(150, 3000)
+@cases(100, 3000)
 @given(lines=st.lists(ASSIGNED | st.sampled_from(LINES), max_size=5), data=st.data())
 def test_config_files(lines, data):
     source = "\n".join(lines).replace("= nan", "= float('nan')").replace("= inf", "= float('inf')") + "\n"
@@ -134,7 +133,7 @@ def shard_files(draw):
     return draw(damaged(data)) if draw(st.booleans()) else data
 
 
-@cases(150, 2500)
+@cases(100, 2500)
 @given(files=st.lists(shard_files(), min_size=1, max_size=3), seq_len=st.integers(1, 9))
 def test_windows_of_shards(files, seq_len):
     shards = [tokens_of(data) for data in files]
@@ -177,9 +176,10 @@ def check_source(data, suffix, documents):
         try:
             prepare(out_dir, path)
         except UserError as error:
-            assert not documents or sum(map(len, documents)) < 2 or not documents[0].strip() or fineweb_refuses(data)
+            too_little = "no text is left" in str(error)
+            assert not documents or fineweb_refuses(data) or (too_little and sum(map(bool, documents)) < 2)
             assert not list(out_dir.glob("*.bin"))
-            return check_line(error, path, out_dir)
+            return check_line(error, path, "no text is left")
         middle = len(documents) // 2
         parts = documents[:middle], documents[middle:]
         if len(documents) == 1:
@@ -188,7 +188,9 @@ def check_source(data, suffix, documents):
         for split, texts in zip(("train", "val"), parts, strict=True):
             shards = [tokens_of(shard.read_bytes()) for shard in sorted(out_dir.glob(f"*_{split}_*.bin"))]
             in_utf8 = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for text in texts]
-            assert sum(shards, []) == [token for text in in_utf8 for token in (256, *text)]
+            assert [token for shard in shards for token in shard] == [
+                token for text in in_utf8 for token in (256, *text)
+            ]
 
 
 def fineweb_refuses(data):
@@ -223,11 +225,12 @@ def read_parquet(data):
         texts = file.read(["text"]).column("text").to_pylist()
         if len(texts) == file.metadata.num_rows and all(isinstance(text, str | None) for text in texts):
             return [text or "" for text in texts]
-    except Exception:  # noqa: S110 (whatever: the oracle's refusals)
-        pass
+    except Exception:  # whatever: the oracle's refusals
+        return None
+    return None
 
 
-@cases(150, 5000)
+@cases(120, 5000)
 @given(lines=LINES_OF_TEXT, end=st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n"]), data=st.data())
 def test_source_files(small, lines, end, data):
     kind = data.draw(st.sampled_from([".txt", ".jsonl", ".jsonl.gz", ".parquet"]))
@@ -286,7 +289,7 @@ def own_tokenizer():
     return learned.to_str()
 
 
-@cases(100, 3000)
+@cases(40, 1500)
 @given(data=st.data())
 def test_tokenizer_files(data):
     content = json.loads(own_tokenizer())
@@ -339,11 +342,12 @@ def test_damaged_preparations(preparations, data):
     """A shard or a progress.json that is damaged, or a meta.json: one line, or the same bytes in the end."""
     killed, finished, source = preparations()
     before, name = data.draw(st.sampled_from([(dict(killed), "progress.json"), (dict(finished), "meta.json")]))
-    if data.draw(st.booleans()):
-        name = data.draw(st.sampled_from(sorted(before))) if name == "progress.json" else name
-        before[name] = data.draw(damaged(before[name]))
+    how = data.draw(st.sampled_from(["damaged", "other", "shard"]))
+    if how == "shard" and name == "progress.json":
+        shard = data.draw(st.sampled_from([name for name in before if name.endswith(".bin")]))
+        before[shard] = before[shard][: data.draw(st.integers(0, len(before[shard])))]
     else:
-        before[name] = data.draw(JSON.map(json.dumps)).encode()
+        before[name] = data.draw(JSON.map(json.dumps)).encode() if how == "other" else data.draw(damaged(before[name]))
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder, "out")
         out_dir.mkdir()
@@ -354,9 +358,8 @@ def test_damaged_preparations(preparations, data):
         except UserError as error:
             return check_line(error, folder)
         after = {path.name: path.read_bytes() for path in out_dir.iterdir()}
-    assert after == before or {k: v for k, v in after.items() if ".bin" in k} == {
-        k: v for k, v in finished.items() if ".bin" in k
-    }
+    shards = {file: content for file, content in finished.items() if file.endswith(".bin")}
+    assert after == before or {file: after.get(file) for file in shards} == shards
 
 
 # ---- Checkpoints and records of a run
@@ -371,21 +374,14 @@ def trained(data_dir, tmp_path_factory):
     return lambda: (folder, flags)
 
 
-ODD = [*WRONG, 1j, (1,), torch.zeros(()), torch.zeros(1), torch.zeros(3, 3).to_sparse(), torch.zeros(2, device="meta")]
-
-
-@cases(20, 800)
+@cases(15, 800)
 @given(data=st.data())
 def test_damaged_checkpoints(trained, data):
     """It speaks and goes on, or is refused in one line that names it. (What kills the process fails too.)"""
     folder, flags = trained()
-    state = torch.load(folder / "ckpt_000001.pt", weights_only=True)
-    places = [place for place in places_of(state) if place[:1] not in (("data",), ("config",))]
-    state = change(data.draw, state, places, ODD)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "ckpt_000001.pt")
-        torch.save(state, path)
-        path.write_bytes(data.draw(damaged(path.read_bytes()) | st.just(path.read_bytes())))
+        path.write_bytes(data.draw(damaged((folder / path.name).read_bytes())))
         speak = ("sample.py", f"--model={path}", "--max_new_tokens=2", "--device=cpu")
         for command in (speak, ("train_gpt2.py", *flags, f"--out_dir={name}", "--resume=True", "--max_steps=2")):
             done = call(*command)
