@@ -201,7 +201,10 @@ REFUSED = {
     "'new word' is not special": [(LAST, f'{LAST[:-1]},{{"id":600,"content":"new word",{FLAGS},"special":false}}]')],
     "needs a special token .* </s>": [(ENDOFTEXT, "<pad>")],
     "all 256 bytes": [('"!":1,', '"\U0001f642":1,')],
-    "the id of another token": [('"<|endoftext|>":0', '"<|endoftext|>":70'), ('"id":0', '"id":70')],
+    "the id of another token": [
+        (LAST, f'{LAST[:-1]},{{"id":600,"content":"<x>",{FLAGS},"special":true}}]'),
+        ('"ip":599', '"ip":600'),
+    ],
     "words as GPT-2 does": [split(LLAMA3)],
     "into words as": [(BY_BYTES, BY_BYTES.replace('"add_prefix_space":false', '"add_prefix_space":true'))],
     "split texts": [
