@@ -19,6 +19,7 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiktoken
@@ -34,23 +35,7 @@ from model import GPT, GPTConfig
 from tokenizer import ENDOFTEXT, check_same_tokenizer, get_tokenizer, same_tokenizer, to_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# transformers' models that compute what ours does with these flags, and their names for the other fields of GPTConfig.
-FLAGS = {
-    "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu"),
-    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
-}
-FIELDS = {
-    "gpt2": dict(
-        block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
-        mlp_hidden="n_inner", norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings",
-    ),
-    "llama": dict(
-        block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
-        n_head="num_attention_heads", n_embd="hidden_size", mlp_hidden="intermediate_size", norm_eps="rms_norm_eps",
-        tie_weights="tie_word_embeddings", bias="attention_bias",
-    ),
-}  # fmt: skip
-SPECIAL = ("dropout", "init", "bias", "qkv_bias", "rope_base")  # fields without one name there that fit all the same
+REMOTE = "train_gpt2"  # the model_type of a folder that holds our own model.py
 # Llama's modules -> ours. GPT-2's are called as ours.
 MODULES = dict(
     embed_tokens="wte", layers="h", norm="ln_f", input_layernorm="ln_1", post_attention_layernorm="ln_2",
@@ -71,11 +56,11 @@ def main() -> int:
     if config.out_dir is None:
         raise UserError("say where to write: --out_dir=FOLDER")
     model, tokenizer, path = load_model(config.model, torch.device("cpu"), config.best)
-    kind = save_folder(model, tokenizer, Path(config.out_dir), path)
+    save_folder(model, tokenizer, Path(config.out_dir), path)
     used = f"of which {get_tokenizer(tokenizer).n_vocab} are tokens" if tokenizer else "but its tokenizer is not known"
     print(f"{path} -> {config.out_dir}: {model.num_params():,} parameters, {model.config.vocab_size} rows, {used}")
-    if kind is None:
-        print("neither GPT-2's shape nor Llama's: load it with from_pretrained(..., trust_remote_code=True)")
+    if not is_native(model.config):
+        print("its shape is neither GPT-2's nor Llama's: from_pretrained needs trust_remote_code=True to load it")
     return 0
 
 
@@ -104,7 +89,11 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
     if not is_run and "config.json" in files:
         return load_folder(path).to(device), read_tokenizer(path), path
     if not is_run and name in GPT2_NAMES:
-        path = download(name)
+        from huggingface_hub import snapshot_download  # takes a while to import
+
+        files = ["config.json", "model*.safetensors*"]
+        with one_line_errors(f"model {name}", "; without a network, copy its folder here and name that"):
+            path = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
         return load_folder(path).to(device), "gpt2", path
 
     # A run's folder, or a checkpoint itself.
@@ -157,16 +146,18 @@ def starting_weights(
     model, tokenizer, path = load_model(source, torch.device("cpu"))
     old = model.config
     check_same_tokenizer(tokenizer, data_tokenizer(data_dir, meta, old.vocab_size), path, data_dir)
-    changes: dict = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
-    for name, have in dataclasses.asdict(old).items():
+    may_change = {
+        "dropout": True,
+        "block_size": asked.block_size < old.block_size or old.pos == "rope",
+        "vocab_size": asked.vocab_size > old.vocab_size,
+    }
+    changes = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
+    for name, have in vars(old).items():
         want = getattr(asked, name)
-        if name not in given or want == have:
-            continue
-        cropped = name == "block_size" and (want < have or old.pos == "rope")
-        padded = name == "vocab_size" and want > have
-        if not (cropped or padded or name == "dropout"):
-            raise UserError(f"{name} = {want}, but {path} has {have}, and its weights need that")
-        changes[name] = want
+        if name in given and want != have:
+            if not may_change.get(name):
+                raise UserError(f"{name} = {want}, but {path} has {have}, and its weights need that")
+            changes[name] = want
     new = dataclasses.replace(old, **changes)
 
     # Positions are cut off at the end. Rows for new tokens start as the mean of all rows: as likely as the average.
@@ -183,15 +174,6 @@ def starting_weights(
 # Hugging Face's folders, in
 
 
-def download(name: str) -> Path:
-    """The folder of one of GPT2_NAMES."""
-    from huggingface_hub import snapshot_download  # takes a while to import
-
-    files = ["config.json", "model*.safetensors*"]
-    with one_line_errors(f"model {name}", "; without a network, copy its folder here and name that"):
-        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
-
-
 def load_folder(folder: Path) -> GPT:
     """The model of a Hugging Face folder, in float32. Runs no code of the folder's.
 
@@ -199,8 +181,8 @@ def load_folder(folder: Path) -> GPT:
     """
     settings = read_json(folder / "config.json", "it must be a Hugging Face model's")
     kind = settings.get("model_type")
-    if kind not in (*FIELDS, REMOTE):
-        raise UserError(f"{folder}: model_type = {kind!r}, but it must be {', '.join(FIELDS)} or {REMOTE}")
+    if kind not in ("gpt2", "llama", REMOTE):
+        raise UserError(f"{folder}: model_type = {kind!r}, but it must be gpt2, llama or {REMOTE}")
     with one_line_errors(folder):
         return load_remote(folder, settings) if kind == REMOTE else load_native(folder)
 
@@ -221,7 +203,12 @@ def load_native(folder: Path) -> GPT:
     """The model of a folder in GPT-2's or Llama's shape. transformers reads it, and must give the same logits."""
     transformers, local = import_transformers(), dict(local_files_only=True, trust_remote_code=False)
     their_config = transformers.AutoConfig.from_pretrained(folder, **local)
-    config = to_gpt_config(their_config, folder)
+    if their_config.model_type == "llama":
+        their_config.rope_parameters.pop("type", None)  # what old files call rope_type
+    config = to_gpt_config(their_config)
+    for name, want in their_settings(config).items():
+        if (have := getattr(their_config, name)) != want:
+            raise UserError(f"{folder}: {name} = {have!r}, but our model computes only {want!r}")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=their_config,
@@ -230,7 +217,7 @@ def load_native(folder: Path) -> GPT:
         output_loading_info=True,
         **local,
     )
-    # The report lists missing, unexpected and mismatched tensors. Old files of GPT-2 have a buffer that is none of them.
+    # The report lists missing, unexpected and mismatched tensors. An old file's buffer masked_bias is no fault.
     for problem, tensors in report.items():
         if tensors := [tensor for tensor in tensors if not str(tensor).endswith(".masked_bias")]:
             raise UserError(f"{folder}: config.json and weights differ: {problem.replace('_', ' ')}: {tensors[0]}")
@@ -240,30 +227,38 @@ def load_native(folder: Path) -> GPT:
     return model
 
 
-def to_gpt_config(theirs: Any, where: str | Path) -> GPTConfig:
-    """Our config of theirs, without dropout, which belongs to a training run. Raises UserError, naming the setting, if
-    there is none."""
-    kind = theirs.model_type
-    values = {ours: getattr(theirs, name) for ours, name in FIELDS[kind].items()} | FLAGS[kind]
-    if kind == "llama":
-        theirs.rope_parameters.pop("type", None)  # what old files call rope_type
-        values["rope_base"] = theirs.rope_parameters["rope_theta"]
-    config = GPTConfig(**values)
-    for name, want in their_settings(config, kind).items():
-        if (have := getattr(theirs, name)) != want:
-            raise UserError(f"{where}: {name} = {have!r}, but our model computes only {want!r}")
-    return config
+def to_gpt_config(theirs: Any) -> GPTConfig:
+    """Our config of their GPT2Config or LlamaConfig, without dropout, which belongs to a training run."""
+    if theirs.model_type == "gpt2":
+        return GPTConfig(
+            theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd,
+            tie_weights=theirs.tie_word_embeddings, mlp_hidden=theirs.n_inner, norm_eps=theirs.layer_norm_epsilon,
+        )  # fmt: skip
+    return GPTConfig(
+        theirs.max_position_embeddings, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+        theirs.hidden_size, bias=theirs.attention_bias, tie_weights=theirs.tie_word_embeddings,
+        pos="rope", norm="rmsnorm", mlp="swiglu", mlp_hidden=theirs.intermediate_size, norm_eps=theirs.rms_norm_eps,
+        rope_base=theirs.rope_parameters["rope_theta"],
+    )  # fmt: skip
 
 
-def their_settings(ours: GPTConfig, kind: str) -> dict[str, Any]:
-    """What config.json says of such a model, as far as its logits depend on it."""
-    settings = {theirs: getattr(ours, name) for name, theirs in FIELDS[kind].items()}
-    if kind == "gpt2":
-        return settings | dict(activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False)
-    bias = ours.bias or bool(ours.qkv_bias)  # one setting for all four matrices; biases that ours lacks are 0 there
-    rope = dict(rope_type="default", rope_theta=ours.rope_base)
-    heads = dict(num_key_value_heads=ours.n_head, head_dim=ours.n_embd // ours.n_head)
-    return settings | heads | dict(hidden_act="silu", attention_bias=bias, mlp_bias=bias, rope_parameters=rope)
+def their_settings(ours: GPTConfig) -> dict[str, Any]:
+    """What config.json says of such a model, as far as its logits depend on it: GPT-2's words, or with RoPE Llama's."""
+    if ours.pos == "learned":
+        return dict(
+            model_type="gpt2", n_positions=ours.block_size, vocab_size=ours.vocab_size, n_layer=ours.n_layer,
+            n_head=ours.n_head, n_embd=ours.n_embd, n_inner=ours.mlp_hidden, layer_norm_epsilon=ours.norm_eps,
+            tie_word_embeddings=ours.tie_weights, activation_function="gelu_new",
+            scale_attn_by_inverse_layer_idx=False,
+        )  # fmt: skip
+    bias = ours.bias or bool(ours.qkv_bias)  # one setting for all of q, k, v and their output
+    return dict(
+        model_type="llama", max_position_embeddings=ours.block_size, vocab_size=ours.vocab_size,
+        num_hidden_layers=ours.n_layer, num_attention_heads=ours.n_head, num_key_value_heads=ours.n_head,
+        hidden_size=ours.n_embd, head_dim=ours.n_embd // ours.n_head, intermediate_size=ours.mlp_hidden,
+        rms_norm_eps=ours.norm_eps, tie_word_embeddings=ours.tie_weights, attention_bias=bias, mlp_bias=bias,
+        hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=ours.rope_base),
+    )  # fmt: skip
 
 
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -344,14 +339,13 @@ def import_transformers() -> Any:
 # Hugging Face's folders, out
 
 
-def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | Path) -> str | None:
-    """Write out_dir. Returns whose shape it has: gpt2, llama or None (its own, with its code). Raises UserError."""
+def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | Path) -> None:
+    """Write a model, which came from `where`, and its tokenizer to the folder out_dir. Raises UserError."""
     partial = out_dir / ".huggingface.partial"
     if out_dir.exists() and not (out_dir.is_dir() and set(os.listdir(out_dir)) <= {partial.name}):
         raise UserError(f"out_dir {out_dir} exists and is not an empty folder; name another")
-    kind = native_kind(model.config)
     eot = get_tokenizer(tokenizer).eot_token if tokenizer else None
-    theirs = to_transformers(model, kind, eot, where) if kind else None
+    theirs = to_transformers(model, eot, where) if is_native(model.config) else None
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         with one_line_errors(out_dir):
@@ -374,32 +368,29 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | P
                 os.replace(path, out_dir / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return kind
 
 
-def native_kind(config: GPTConfig) -> str | None:
-    """gpt2 or llama, if transformers' model of that name computes what such a model does; else None."""
-    for kind, flags in FLAGS.items():
-        free, plain = (*FIELDS[kind], *SPECIAL), GPTConfig(**flags)
-        if all(getattr(config, name) == value for name, value in vars(plain).items() if name not in free):
-            return kind
-    return None
+def is_native(config: GPTConfig) -> bool:
+    """Whether transformers' GPT-2 or Llama computes what such a model does: their config says all that ours does."""
+    back = to_gpt_config(SimpleNamespace(**their_settings(config)))
+    # Dropout and init are no part of what it computes, and missing biases are biases of 0.
+    return back == dataclasses.replace(config, dropout=0.0, init="gpt2", bias=back.bias, qkv_bias=None)
 
 
-def to_transformers(model: GPT, kind: str, eot: int | None, where: str | Path) -> nn.Module:
+def to_transformers(model: GPT, eot: int | None, where: str | Path) -> nn.Module:
     """The same model as a class of transformers, on the CPU. Raises UserError if their logits differ."""
     transformers = import_transformers()
     ours = dataclasses.replace(model.config, mlp_hidden=model.h[0].mlp.c_fc.out_features)
-    settings = their_settings(ours, kind) | dict(bos_token_id=eot, eos_token_id=eot)
-    if kind == "gpt2":
+    settings = their_settings(ours) | dict(bos_token_id=eot, eos_token_id=eot)
+    if ours.pos == "learned":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), ours.dropout)
         settings |= dict(n_ctx=ours.block_size)  # llama.cpp's converter reads this one
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings))
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
     views = by_our_names(theirs.state_dict())
     for name, tensor in model.state_dict().items():  # theirs has all biases or none: those that ours lacks stay 0
         views[name].copy_(tensor)
     check_same_logits(model, theirs, where)
-    if kind == "llama":
+    if ours.pos == "rope":
         theirs.config.rope_theta = ours.rope_base  # where transformers 4 and others look for it
     return theirs
 
@@ -437,8 +428,7 @@ def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-REMOTE = "train_gpt2"  # the model_type of such a folder
-REMOTE_CODE = '''"""Lets transformers run the model in model.py: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
+REMOTE_CODE = '''"""Lets AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) run model.py."""
 
 import torch
 from torch.nn import functional as F
