@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,12 +23,11 @@ from conftest import MODEL, ROOT, TRAIN, call, metrics, write_shard
 from test_sample import save
 
 import huggingface
-from configurator import UserError, configure
+from configurator import UserError
 from huggingface import load_model, starting_weights
 from model import GPT, GPTConfig
 from sample import generate
 from tokenizer import ENDOFTEXT, get_tokenizer, same_tokenizer, to_json
-from train_gpt2 import TrainConfig
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -349,13 +349,13 @@ def test_a_remote_model_can_be_trained_and_continues_beyond_its_context(tmp_path
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_exported_and_comes_back(path, tmp_path):
-    sizes = "--n_layer=4 --n_embd=24 --n_head=2 --block_size=24 --vocab_size=128 --init_from=scratch".split()
-    cases = [([], path.name.startswith(("finetune", "gpt2_", "shakespeare_124m")))]
-    if path.stem in ("small", "shakespeare_gpu", "tinystories"):  # they say how to make a Llama of them
-        assert "With --mlp=swiglu --qk_norm=False it is a Llama" in path.read_text()
-        cases.append((["--mlp=swiglu", "--qk_norm=False"], True))
-    for more, native in cases:
-        _, config, _ = configure(TrainConfig, GPTConfig, argv=[str(path), *sizes, *more])
+    recipe = {name: value for name, value in runpy.run_path(path).items() if name in vars(GPTConfig())}
+    recipe |= dict(n_layer=4, n_embd=24, n_head=2, block_size=24, vocab_size=128)
+    cases = [(GPTConfig(**recipe), path.name.startswith(("finetune", "gpt2_", "shakespeare_124m")))]
+    if "With --mlp=swiglu --qk_norm=False it is a Llama" in path.read_text():
+        cases.append((GPTConfig(**recipe | dict(mlp="swiglu", qk_norm=False)), True))
+    assert len(cases) == 1 + (path.stem in ("small", "shakespeare_gpu", "tinystories"))
+    for config, native in cases:
         model, out = stir(GPT(config)), tmp_path / f"native_{native}"
         huggingface.save_folder(model, None, out, path)
         assert (out / "model.py").exists() == (not native)
