@@ -92,7 +92,7 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
         from huggingface_hub import snapshot_download  # takes a while to import
 
         files = ["config.json", "model*.safetensors*"]
-        with one_line_errors(f"model {name}", "; without a network, copy its folder here and name that"):
+        with one_line_errors(f"model {name} cannot be downloaded", "; without a network, copy its folder here and name that"):
             path = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
         return load_folder(path).to(device), "gpt2", path
 
@@ -183,7 +183,7 @@ def load_folder(folder: Path) -> GPT:
     kind = settings.get("model_type")
     if kind not in ("gpt2", "llama", REMOTE):
         raise UserError(f"{folder}: model_type = {kind!r}, but it must be gpt2, llama or {REMOTE}")
-    with one_line_errors(folder):
+    with one_line_errors(f"{folder} cannot be read"):
         return load_remote(folder, settings) if kind == REMOTE else load_native(folder)
 
 
@@ -313,8 +313,8 @@ def read_tokenizer(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def one_line_errors(where: str | Path, advice: str = "") -> Iterator[None]:
-    """Raises UserError, saying where, for what a damaged file, a full disk or a download without a network raises."""
+def one_line_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Raises UserError, `what` first, for what a damaged file, a full disk or a download without a network raises."""
     from safetensors import SafetensorError
 
     try:
@@ -322,8 +322,7 @@ def one_line_errors(where: str | Path, advice: str = "") -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        text = f"{type(error).__name__}: {str(error)[:300]}"
-        raise UserError(f"{where} cannot be read or written: {text}{advice}") from None
+        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:300]}{advice}") from None
 
 
 def import_transformers() -> Any:
@@ -348,7 +347,7 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | P
     theirs = to_transformers(model, eot, where) if is_native(model.config) else None
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        with one_line_errors(out_dir):
+        with one_line_errors(f"{out_dir} cannot be written"):
             partial.mkdir(parents=True)
             if theirs is not None:
                 theirs.save_pretrained(partial)
