@@ -91,8 +91,8 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
     if not is_run and name in GPT2_NAMES:
         from huggingface_hub import snapshot_download  # takes a while to import
 
-        files, advice = ["config.json", "model*.safetensors*"], "; without a network, copy its folder here and name that"
-        with one_line_errors(f"model {name} cannot be downloaded", advice):
+        files = ["config.json", "model*.safetensors*"]
+        with one_line_errors(f"model {name} cannot be downloaded", "; without a network, name a copy of its folder"):
             path = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
         return load_folder(path).to(device), "gpt2", path
 

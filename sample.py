@@ -1,11 +1,9 @@
 """Text from a checkpoint or from GPT-2, printed while it is made.
 
-    python sample.py                                    asks for prompts; without --model it is the newest run under out/
+    python sample.py                                    asks for prompts; without --model, of the newest run in out/
     python sample.py --start="def main"
     python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
     echo "Once upon a time" | python sample.py --model=gpt2
-
-In Python: `from sample import load, text; model, enc = load("out/mine"); print(text(model, enc, "Once"))`
 """
 
 import codecs
@@ -222,7 +220,7 @@ def generate(
         # A finished sequence goes on as <|endoftext|>, until all of the batch have finished.
         if eot is not None:
             token = torch.where(done, eot, token)
-            done |= token == eot
+            done = token == eot
         yield token
         if eot is not None and done.all():
             return

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import pty
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from torch import nn
 import checkpoint
 import sample
 from model import GPT, GPTConfig
-from sample import ask, complete, generate, pack, sample_token
+from sample import complete, generate, pack, sample_token
 from tokenizer import get_tokenizer
 
 SMALL = dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
@@ -224,41 +223,32 @@ def test_a_prompt_beyond_the_context_is_cut_with_a_word(folder):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("last", ["", "quit"])
-def test_an_empty_line_and_quit_end_it(last, monkeypatch, capsys):
-    typed = iter(["one", "two", last, "three"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert list(ask()) == ["one", "two"]
-    assert 'An empty line, "quit" or Ctrl-D ends.' in capsys.readouterr().err
+@pytest.mark.parametrize("last", ["\n", "quit\n", "", KeyboardInterrupt])
+def test_at_a_terminal(folder, last, monkeypatch):
+    """Prompts until an empty line, "quit", Ctrl-D or Ctrl-C, each with a seed of its own; Ctrl-C ends a sample, too."""
 
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
 
-def test_at_a_terminal(folder):
-    """Ctrl-C ends a sample, and Ctrl-D the program."""
-    ours, theirs = pty.openpty()
-    options = [f"--model={folder}", "--device=cpu", "--max_new_tokens=1000000", "--temperature=0"]
-    streams = dict(stdin=theirs, stdout=theirs, stderr=theirs)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", *options], **streams, env=ENV, start_new_session=True
-    )
-    os.close(theirs)
-    seen = ""
+    def complete(model, enc, start, *args):
+        yield [f" by {args[-1]}"]
+        raise KeyboardInterrupt
 
-    def until(text):
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(ours, 10_000).decode(errors="replace")  # OSError where it has ended
-        seen = seen.partition(text)[2]
+    def read_line():
+        line = next(lines, last)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
 
-    until("Ctrl-D ends")
-    for _ in range(2):
-        until("prompt> ")
-        os.write(ours, b"Hello\n")
-        until("++++")  # what this model repeats for ever
-        process.send_signal(2)
-    until("prompt> ")
-    os.write(ours, b"\x04")
-    assert process.wait(60) == 0
-    os.close(ours)
+    lines = iter(["Hello\n", "World\n"])
+    monkeypatch.setattr(sample, "complete", complete)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={folder}", "--device=cpu", "--seed=5"])
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
+    monkeypatch.setattr(sys.stdin, "readline", read_line)
+    assert sample.main() == 0
+    assert sys.stdout.getvalue().strip() == "prompt> Hello by 5\nprompt> World by 6\nprompt>"
+    assert sys.stderr.getvalue().endswith('Type a text to continue. An empty line, "quit" or Ctrl-D ends.\n')
 
 
 def test_as_a_user_runs_it(folder, tmp_path):
