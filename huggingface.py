@@ -64,8 +64,7 @@ def main() -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A model from anything that has one
+# ---- A model from anything that has one
 
 
 def load_model(name: str | None, device: torch.device, best: bool = False) -> tuple[GPT, str | None, Path]:
@@ -146,19 +145,14 @@ def starting_weights(
     model, tokenizer, path = load_model(source, torch.device("cpu"))
     old = model.config
     check_same_tokenizer(tokenizer, data_tokenizer(data_dir, meta, old.vocab_size), path, data_dir)
-    may_change = {
-        "dropout": True,
-        "block_size": asked.block_size < old.block_size or old.pos == "rope",
-        "vocab_size": asked.vocab_size > old.vocab_size,
-    }
-    changes = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
-    for name, have in vars(old).items():
-        want = getattr(asked, name)
-        if name in given and want != have:
-            if not may_change.get(name):
-                raise UserError(f"{name} = {want}, but {path} has {have}, and its weights need that")
-            changes[name] = want
-    new = dataclasses.replace(old, **changes)
+    cropped = asked.block_size < old.block_size or old.pos == "rope"
+    may_change = dict(dropout=True, block_size=cropped, vocab_size=asked.vocab_size > old.vocab_size)
+    changes = {name: want for name, want in vars(asked).items() if name in given and want != getattr(old, name)}
+    for name, want in changes.items():
+        if not may_change.get(name):
+            raise UserError(f"{name} = {want}, but {path} has {getattr(old, name)}, and its weights need that")
+    of_data = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
+    new = dataclasses.replace(old, **of_data | changes)
 
     # Positions are cut off at the end. Rows for new tokens start as the mean of all rows: as likely as the average.
     weights = dict(model.state_dict())
@@ -170,8 +164,7 @@ def starting_weights(
     return new, weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's folders, in
+# ---- Hugging Face's folders, in
 
 
 def load_folder(folder: Path) -> GPT:
@@ -209,15 +202,10 @@ def load_native(folder: Path) -> GPT:
     for name, want in their_settings(config).items():
         if (have := getattr(their_config, name)) != want:
             raise UserError(f"{folder}: {name} = {have!r}, but our model computes only {want!r}")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=their_config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are in the report
-        output_loading_info=True,
-        **local,
-    )
+
     # The report lists missing, unexpected and mismatched tensors. An old file's buffer masked_bias is no fault.
+    how = dict(config=their_config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how, **local)
     for problem, tensors in report.items():
         if tensors := [tensor for tensor in tensors if not str(tensor).endswith(".masked_bias")]:
             raise UserError(f"{folder}: config.json and weights differ: {problem.replace('_', ' ')}: {tensors[0]}")
@@ -293,13 +281,12 @@ def check_same_logits(ours: GPT, theirs: nn.Module, where: str | Path) -> None:
 def read_tokenizer(folder: Path) -> str | None:
     """The folder's tokenizer as a checkpoint keeps it; None if it has none, or one that splits text in other ways than
     ours (then a line on stderr says so)."""
-    files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-    if files[0].is_file():
-        content = read_text(files[0], "it must be a tokenizer.json")
-    elif files[1].is_file():  # as GPT-2's tokenizer was published
+    if (folder / "tokenizer.json").is_file():
+        content = read_text(folder / "tokenizer.json", "it must be a tokenizer.json")
+    elif (folder / "vocab.json").is_file():  # as GPT-2's tokenizer was published
         from tokenizers import ByteLevelBPETokenizer
 
-        theirs = ByteLevelBPETokenizer(str(files[1]), str(files[2]))
+        theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
         theirs.add_special_tokens([ENDOFTEXT])
         content = theirs.to_str()
     else:
@@ -334,8 +321,7 @@ def import_transformers() -> Any:
     return transformers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's folders, out
+# ---- Hugging Face's folders, out
 
 
 def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | Path) -> None:

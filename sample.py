@@ -4,6 +4,8 @@
     python sample.py --start="def main"
     python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
     echo "Once upon a time" | python sample.py --model=gpt2
+
+In Python, load() returns a model with its tokenizer, and text() lets it continue a text.
 """
 
 import codecs

@@ -146,7 +146,7 @@ BAD = {
     "weights differ: mismatched keys: .*wpe.weight.*24, 32.*25, 32": lambda f: edit(f, n_positions=25),
     "differ by nan": lambda f: edit_tensors(f, lambda t: t["transformer.wte.weight"].fill_(torch.nan)),
     "config.json: not JSON": lambda f: (f / "config.json").write_text('{"model_type": "gpt2",'),
-    "cannot be read .*SafetensorError": lambda f: os.truncate(f / "model.safetensors", 999),
+    "cannot be read: SafetensorError": lambda f: os.truncate(f / "model.safetensors", 999),
     "model_type = 'x'": lambda f: edit(f, model_type="x", auto_map={"AutoConfig": "evil.Config"}),
     "num_key_value_heads = 2": lambda f: edit(f, num_key_value_heads=2),
     "hidden_act = 'gelu'": lambda f: edit(f, hidden_act="gelu"),
@@ -218,7 +218,7 @@ def test_names(good, tmp_path, monkeypatch):
     for name in ("gpt2", "gpt2-xl"):
         assert load_model(name, CPU)[1:] == ("gpt2", good / "gpt2")
     assert asked == ["openai-community/gpt2", "openai-community/gpt2-xl"]
-    with pytest.raises(UserError, match=r"model gpt2-medium .*ConnectionError: no network; without a network, name a copy"):
+    with pytest.raises(UserError, match=r"model gpt2-medium .*ConnectionError: no network; without a network, name"):
         load_model("gpt2-medium", CPU)
     asked.clear()
     save(Path("gpt2"), ours())
