@@ -235,12 +235,12 @@ def test_at_a_terminal(folder, last, monkeypatch):
         raise KeyboardInterrupt
 
     def read_line():
-        line = next(lines, last)
+        line = next(lines)
         if line is KeyboardInterrupt:
             raise line
         return line
 
-    lines = iter(["Hello\n", "World\n"])
+    lines = iter(["Hello\n", "World\n", last])
     monkeypatch.setattr(sample, "complete", complete)
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={folder}", "--device=cpu", "--seed=5"])
     for name in ("stdin", "stdout", "stderr"):
