@@ -295,6 +295,7 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
     assert (type(theirs).__name__, theirs.dtype, theirs.training) == (kinds, torch.float32, False)
     for config in (theirs.config, theirs.generation_config):
         assert (config.bos_token_id, config.eos_token_id) == (256, 256)
+    assert theirs.config.tie_word_embeddings == model.config.tie_weights
     if kinds == "GPT2LMHeadModel":
         config = theirs.config
         assert {config.resid_pdrop, config.embd_pdrop, config.attn_pdrop} == {flags.get("dropout", 0.0)}
@@ -330,6 +331,9 @@ def test_a_remote_model_can_be_trained_and_continues_beyond_its_context(tmp_path
     loss.backward()
     assert theirs.gpt.wte.weight.grad.abs().sum() > 0
     assert theirs.generate(idx, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=[299]).size(1) == 33
+    theirs.bfloat16().save_pretrained(tmp_path / "half")
+    back = load_model(str(tmp_path / "half"), CPU)[0]
+    assert torch.equal(back.wte.weight, model.wte.weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
