@@ -248,7 +248,7 @@ def sample_token(
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probs = (logits / temperature).softmax(dim=-1)
 
-    # top_p leaves out every token in front of which the likelier ones already hold that much.
+    # top_p drops a token if the likelier ones together already hold that much probability.
     if top_p is not None:
         mass_before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(mass_before >= top_p, 0.0)
