@@ -1,22 +1,25 @@
-"""A model from anything that has one, and to Hugging Face: a run, a checkpoint, a folder, or the name of a GPT-2.
+"""A model from anything that has one, and every model to Hugging Face.
 
     python huggingface.py --model=out/notes --out_dir=hf/notes
 
-writes a folder for AutoModelForCausalLM and AutoTokenizer: learned positions, layernorm and gelu become a
-GPT2LMHeadModel; rope, rmsnorm and swiglu a LlamaForCausalLM. transformers reads and writes the folders, and must give
-the same logits as our model: one without a counterpart is refused, never approximated.
+writes a folder for AutoModelForCausalLM and AutoTokenizer. GPT-2's flags become a GPT2LMHeadModel, Llama's (rope,
+rmsnorm, swiglu) a LlamaForCausalLM. Any other model goes there together with a copy of model.py, to be loaded by
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 """
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiktoken
@@ -24,30 +27,16 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import model as model_file
 from configurator import PathStr, UserError, cli, configure, is_out_of_memory, nearest
 from dataloader import data_tokenizer
+from files import read_json, read_text
 from model import GPT, GPTConfig
 from tokenizer import ENDOFTEXT, check_same_tokenizer, get_tokenizer, same_tokenizer, to_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-KINDS = {"learned": "gpt2", "rope": "llama"}  # Hugging Face's model_type by our pos
-FLAGS = {
-    "gpt2": dict(pos="learned", norm="layernorm", mlp="gelu"),
-    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
-}
-FIELDS = {  # what config.json calls the fields of GPTConfig; those without a name there must have their default
-    "gpt2": dict(
-        block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
-        mlp_hidden="n_inner", norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings",
-    ),
-    "llama": dict(
-        block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
-        n_head="num_attention_heads", n_embd="hidden_size", mlp_hidden="intermediate_size", norm_eps="rms_norm_eps",
-        tie_weights="tie_word_embeddings", bias="attention_bias",
-    ),
-}  # fmt: skip
-ELSEWHERE = ("dropout", "init", "bias", "qkv_bias", "rope_base")  # what has its place, or need not have one
-# Their modules -> ours. GPT-2's are called as ours.
+REMOTE = "train_gpt2"  # the model_type of a folder that holds our own model.py
+# Llama's modules -> ours. GPT-2's are called as ours.
 MODULES = dict(
     embed_tokens="wte", layers="h", norm="ln_f", input_layernorm="ln_1", post_attention_layernorm="ln_2",
     self_attn="attn", q_proj="c_q", k_proj="c_k", v_proj="c_v", o_proj="c_proj",
@@ -57,8 +46,8 @@ MODULES = dict(
 
 @dataclass(frozen=True)
 class ExportConfig:
-    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
+    model: PathStr | None = None  # a run, a checkpoint, a Hugging Face folder or gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # use the run's best checkpoint (lowest val loss), not its newest
     out_dir: PathStr | None = None  # the folder to write; must not exist yet, or be empty
 
 
@@ -70,7 +59,12 @@ def main() -> int:
     save_folder(model, tokenizer, Path(config.out_dir), path)
     used = f"of which {get_tokenizer(tokenizer).n_vocab} are tokens" if tokenizer else "but its tokenizer is not known"
     print(f"{path} -> {config.out_dir}: {model.num_params():,} parameters, {model.config.vocab_size} rows, {used}")
+    if not is_native(model.config):
+        print("its shape is neither GPT-2's nor Llama's: from_pretrained needs trust_remote_code=True to load it")
     return 0
+
+
+# ---- A model from anything that has one
 
 
 def load_model(name: str | None, device: torch.device, best: bool = False) -> tuple[GPT, str | None, Path]:
@@ -79,31 +73,54 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
     name is a checkpoint, a run's folder (its newest whole checkpoint, or its best), a Hugging Face folder, one of
     GPT2_NAMES (downloaded once), or None (the newest run under out/). Raises UserError.
     """
-    if name is None:
-        runs = [path for path in Path("out").glob("**/ckpt_*.pt") if checkpoint.step_of(path) is not None]
-        if not runs:
-            raise UserError("no checkpoint under out/; train one (python train_gpt2.py ...) or say --model=PATH")
-        name = str(max(runs, key=os.path.getmtime).parent)
-    path, tokenizer = Path(name), None
-    is_run, is_folder = bool(checkpoint.find(name)), (path / "config.json").is_file()
+    path = newest_run() if name is None else Path(name)
+    try:
+        files = os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        files = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    is_run = bool(checkpoint.find(str(path)))
     if best and not is_run:
-        raise UserError(f"--best=True is for a run's folder, which {name} is not")
-    if name in GPT2_NAMES and not is_run and not is_folder:  # a path of that name comes first if it holds a model
-        path, tokenizer, is_folder = download(name), "gpt2", True
-    if is_folder and not is_run:
-        return load_folder(path).to(device), tokenizer or read_tokenizer(path), path
+        raise UserError(f"--best=True is for a run's folder, which {path} is not")
+
+    # A Hugging Face folder. One that is called gpt2 comes before the download of that name.
+    if not is_run and "config.json" in files:
+        return load_folder(path).to(device), read_tokenizer(path), path
+    if not is_run and name in GPT2_NAMES:
+        from huggingface_hub import snapshot_download  # takes a while to import
+
+        files = ["config.json", "model*.safetensors*"]
+        with one_line_errors(f"model {name} cannot be downloaded", "; without a network, name a copy of its folder"):
+            path = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
+        return load_folder(path).to(device), "gpt2", path
+
+    # A run's folder, or a checkpoint itself.
     if path.is_dir():
-        found = checkpoint.newest_whole(name)
-        if found is None:
-            raise UserError(f"{name}: no checkpoint (ckpt_*.pt) and no config.json in this folder")
-        path = checkpoint.best_of(found) if best else found
+        newest = checkpoint.newest_whole(str(path))
+        if newest is None:
+            raise UserError(f"{path}: no checkpoint (ckpt_*.pt) and no config.json in this folder")
+        path = checkpoint.best_of(newest) if best else newest
     elif not path.exists():
-        raise UserError(f"model {name}: no such checkpoint or folder{nearest(name, GPT2_NAMES)}")
+        raise UserError(f"model {path}: no such checkpoint or folder{nearest(str(path), GPT2_NAMES)}")
     elif wrong := checkpoint.fault(path):
         raise UserError(f"{path} {wrong}")
     state = checkpoint.load(path)
     model = checkpoint.model_of(checkpoint.gpt_config(state, path), state["model"], path)
     return model.to(device), state["tokenizer"], path
+
+
+def newest_run() -> Path:
+    """The folder of the newest checkpoint under out/. Raises UserError if there is none."""
+    times = {}
+    for path in map(Path, glob.glob("out/**/ckpt_*.pt", recursive=True)):  # unlike Path.glob, it follows links
+        # A run that goes on may have deleted the file by now, and a link may lead nowhere.
+        with contextlib.suppress(FileNotFoundError):
+            if checkpoint.step_of(path) is not None:
+                times[path] = path.stat().st_mtime
+    if not times:
+        raise UserError("no checkpoint under out/; train one (python train_gpt2.py ...) or say --model=PATH")
+    return max(times, key=times.get).parent
 
 
 def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> tiktoken.Encoding:
@@ -126,40 +143,28 @@ def starting_weights(
     model's, or the data has another tokenizer.
     """
     model, tokenizer, path = load_model(source, torch.device("cpu"))
-    theirs = model.config
-    check_same_tokenizer(tokenizer, data_tokenizer(data_dir, meta, theirs.vocab_size), path, data_dir)
-    changes: dict = {"vocab_size": max(theirs.vocab_size, meta.get("vocab_size", 0))}
-    for name, have in dataclasses.asdict(theirs).items():
-        want = getattr(asked, name)
-        if name not in given or want == have:
-            continue
-        cropped = name == "block_size" and (want < have or theirs.pos == "rope")
-        padded = name == "vocab_size" and want > have
-        if not (cropped or padded or name == "dropout"):
-            raise UserError(f"{name} = {want}, but {path} has {have}, and its weights need that")
-        changes[name] = want
-    config, weights = dataclasses.replace(theirs, **changes), dict(model.state_dict())
+    old = model.config
+    check_same_tokenizer(tokenizer, data_tokenizer(data_dir, meta, old.vocab_size), path, data_dir)
+    cropped = asked.block_size < old.block_size or old.pos == "rope"
+    may_change = dict(dropout=True, block_size=cropped, vocab_size=asked.vocab_size > old.vocab_size)
+    changes = {name: want for name, want in vars(asked).items() if name in given and want != getattr(old, name)}
+    for name, want in changes.items():
+        if not may_change.get(name):
+            raise UserError(f"{name} = {want}, but {path} has {getattr(old, name)}, and its weights need that")
+    of_data = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
+    new = dataclasses.replace(old, **of_data | changes)
+
+    # Positions are cut off at the end. Rows for new tokens start as the mean of all rows: as likely as the average.
+    weights = dict(model.state_dict())
     if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-    of_tokens = [name for name in weights if name.startswith(("wte", "vte", "lm_head"))]
-    for name in of_tokens:  # new rows start as the mean of the others
-        new = weights[name].mean(0, keepdim=True)
-        weights[name] = torch.cat([weights[name], *[new] * (config.vocab_size - theirs.vocab_size)])
-    return config, weights
+        weights["wpe.weight"] = weights["wpe.weight"][: new.block_size]
+    for name in [name for name in weights if name.startswith(("wte", "vte", "lm_head"))]:
+        mean = weights[name].mean(0, keepdim=True)
+        weights[name] = torch.cat([weights[name], *[mean] * (new.vocab_size - old.vocab_size)])
+    return new, weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's folders, in
-
-
-def download(name: str) -> Path:
-    """The folder of one of GPT2_NAMES."""
-    from huggingface_hub import snapshot_download  # takes a while to import
-
-    with one_line_errors(f"model {name}", "; without a network, copy its folder here and name that"):
-        return Path(
-            snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model*.safetensors*"])
-        )
+# ---- Hugging Face's folders, in
 
 
 def load_folder(folder: Path) -> GPT:
@@ -167,53 +172,81 @@ def load_folder(folder: Path) -> GPT:
 
     Raises UserError, naming the folder, if it is damaged or its model is not one of ours.
     """
-    transformers, safe = import_transformers(), dict(local_files_only=True, trust_remote_code=False)
-    with one_line_errors(folder):
-        their_config = transformers.AutoConfig.from_pretrained(folder, **safe)
-        config = to_gpt_config(their_config, folder)
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=their_config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **safe,
-        )
-        for problem, tensors in report.items():  # missing, unexpected and mismatched keys
-            if tensors := [tensor for tensor in tensors if not str(tensor).endswith(".masked_bias")]:  # of old files
-                raise UserError(f"{folder}: config.json and weights differ: {problem.replace('_', ' ')}: {tensors[0]}")
-        weights = {name: tensor.contiguous() for name, tensor in by_our_names(theirs.state_dict()).items()}
-        model = checkpoint.model_of(config, weights, folder)
-        check_same_logits(model, theirs, folder)
+    settings = read_json(folder / "config.json", "it must be a Hugging Face model's")
+    kind = settings.get("model_type")
+    if kind not in ("gpt2", "llama", REMOTE):
+        raise UserError(f"{folder}: model_type = {kind!r}, but it must be gpt2, llama or {REMOTE}")
+    with one_line_errors(f"{folder} cannot be read"):
+        return load_remote(folder, settings) if kind == REMOTE else load_native(folder)
+
+
+def load_remote(folder: Path, settings: dict) -> GPT:
+    """The model of a folder that save_remote wrote."""
+    from safetensors.torch import load_file
+
+    config = checkpoint.gpt_config(settings, folder / "config.json")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("gpt."): tensor.float() for name, tensor in weights.items()}
+    if config.tie_weights:
+        weights["lm_head.weight"] = weights["wte.weight"]
+    return checkpoint.model_of(config, weights, folder)
+
+
+def load_native(folder: Path) -> GPT:
+    """The model of a folder in GPT-2's or Llama's shape. transformers reads it, and must give the same logits."""
+    transformers, local = import_transformers(), dict(local_files_only=True, trust_remote_code=False)
+    their_config = transformers.AutoConfig.from_pretrained(folder, **local)
+    if their_config.model_type == "llama":
+        their_config.rope_parameters.pop("type", None)  # what old files call rope_type
+    config = to_gpt_config(their_config)
+    for name, want in their_settings(config).items():
+        if (have := getattr(their_config, name)) != want:
+            raise UserError(f"{folder}: {name} = {have!r}, but our model computes only {want!r}")
+
+    # The report lists missing, unexpected and mismatched tensors. An old file's buffer masked_bias is no fault.
+    how = dict(config=their_config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how, **local)
+    for problem, tensors in report.items():
+        if tensors := [tensor for tensor in tensors if not str(tensor).endswith(".masked_bias")]:
+            raise UserError(f"{folder}: config.json and weights differ: {problem.replace('_', ' ')}: {tensors[0]}")
+    weights = {name: tensor.contiguous() for name, tensor in by_our_names(theirs.state_dict()).items()}
+    model = checkpoint.model_of(config, weights, folder)
+    check_same_logits(model, theirs, folder)
     return model
 
 
-def to_gpt_config(theirs: Any, where: str | Path) -> GPTConfig:
-    """Our config of theirs, without dropout, which belongs to a training run. Raises UserError, naming the setting, if
-    there is none."""
-    kind = theirs.model_type
-    if kind not in FIELDS:
-        raise UserError(f"{where}: model_type = {kind!r}, but it must be one of {', '.join(FIELDS)}")
-    values = {ours: getattr(theirs, name) for ours, name in FIELDS[kind].items()} | FLAGS[kind]
-    if kind == "llama":
-        theirs.rope_parameters.pop("type", None)  # what old files call rope_type
-        values["rope_base"] = theirs.rope_parameters["rope_theta"]
-    config = GPTConfig(**values)
-    for name, want in their_settings(config).items():
-        if (have := getattr(theirs, name)) != want:
-            raise UserError(f"{where}: {name} = {have!r}, but our model computes only {want!r}")
-    return config
+def to_gpt_config(theirs: Any) -> GPTConfig:
+    """Our config of their GPT2Config or LlamaConfig, without dropout, which belongs to a training run."""
+    if theirs.model_type == "gpt2":
+        return GPTConfig(
+            theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd,
+            tie_weights=theirs.tie_word_embeddings, mlp_hidden=theirs.n_inner, norm_eps=theirs.layer_norm_epsilon,
+        )  # fmt: skip
+    return GPTConfig(
+        theirs.max_position_embeddings, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+        theirs.hidden_size, bias=theirs.attention_bias, tie_weights=theirs.tie_word_embeddings,
+        pos="rope", norm="rmsnorm", mlp="swiglu", mlp_hidden=theirs.intermediate_size, norm_eps=theirs.rms_norm_eps,
+        rope_base=theirs.rope_parameters["rope_theta"],
+    )  # fmt: skip
 
 
 def their_settings(ours: GPTConfig) -> dict[str, Any]:
-    """What config.json says of such a model, as far as its logits depend on it."""
-    settings = {theirs: getattr(ours, name) for name, theirs in FIELDS[KINDS[ours.pos]].items()}
-    if KINDS[ours.pos] == "gpt2":
-        return settings | dict(activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False)
-    bias = ours.bias or bool(ours.qkv_bias)
-    rope = dict(rope_type="default", rope_theta=ours.rope_base)
-    heads = dict(num_key_value_heads=ours.n_head, head_dim=ours.n_embd // ours.n_head)
-    return settings | heads | dict(hidden_act="silu", attention_bias=bias, mlp_bias=bias, rope_parameters=rope)
+    """What config.json says of such a model, as far as its logits depend on it: GPT-2's words, or with RoPE Llama's."""
+    if ours.pos == "learned":
+        return dict(
+            model_type="gpt2", n_positions=ours.block_size, vocab_size=ours.vocab_size, n_layer=ours.n_layer,
+            n_head=ours.n_head, n_embd=ours.n_embd, n_inner=ours.mlp_hidden, layer_norm_epsilon=ours.norm_eps,
+            tie_word_embeddings=ours.tie_weights, activation_function="gelu_new",
+            scale_attn_by_inverse_layer_idx=False,
+        )  # fmt: skip
+    bias = ours.bias or bool(ours.qkv_bias)  # one setting for all of q, k, v and their output
+    return dict(
+        model_type="llama", max_position_embeddings=ours.block_size, vocab_size=ours.vocab_size,
+        num_hidden_layers=ours.n_layer, num_attention_heads=ours.n_head, num_key_value_heads=ours.n_head,
+        hidden_size=ours.n_embd, head_dim=ours.n_embd // ours.n_head, intermediate_size=ours.mlp_hidden,
+        rms_norm_eps=ours.norm_eps, tie_word_embeddings=ours.tie_weights, attention_bias=bias, mlp_bias=bias,
+        hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=ours.rope_base),
+    )  # fmt: skip
 
 
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -241,20 +274,25 @@ def check_same_logits(ours: GPT, theirs: nn.Module, where: str | Path) -> None:
     have = ours.logits(ours.hidden(idx, positions=positions))
     difference = ((have - want).abs().max() / want.abs().max()).item()
     limit = 1e-4 + (3e-7 * config.block_size if config.pos == "rope" else 0)  # float32 rounds RoPE's angles
-    if not difference < limit:
+    if not difference < limit:  # a NaN is not, either
         raise UserError(f"{where}: the logits of our model and of {type(theirs).__name__} differ by {difference:.1e}")
 
 
 def read_tokenizer(folder: Path) -> str | None:
     """The folder's tokenizer as a checkpoint keeps it; None if it has none, or one that splits text in other ways than
     ours (then a line on stderr says so)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if (folder / "tokenizer.json").is_file():
+        content = read_text(folder / "tokenizer.json", "it must be a tokenizer.json")
+    elif (folder / "vocab.json").is_file():  # as GPT-2's tokenizer was published
+        from tokenizers import ByteLevelBPETokenizer
+
+        theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        theirs.add_special_tokens([ENDOFTEXT])
+        content = theirs.to_str()
+    else:
         return None
     try:
-        with one_line_errors(folder):
-            theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            content = theirs.backend_tokenizer.to_str()
-            known = {50257: "gpt2", 257: "bytes"}.get(get_tokenizer(content).n_vocab, content)
+        known = {50257: "gpt2", 257: "bytes"}.get(get_tokenizer(content).n_vocab, content)
     except UserError as error:
         print(f"{folder}: its tokenizer counts as unknown: {error}", file=sys.stderr, flush=True)
         return None
@@ -262,16 +300,16 @@ def read_tokenizer(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def one_line_errors(where: str | Path, advice: str = "") -> Iterator[None]:
-    """Raises UserError, saying where, for whatever goes wrong within: files and downloads fail in many ways."""
+def one_line_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Raises UserError, `what` first, for what a damaged file, a full disk or a download without a network raises."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{where} cannot be read or written: {type(error).__name__}: {str(error)[:300]}{advice}"
-        ) from None
+        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:300]}{advice}") from None
 
 
 def import_transformers() -> Any:
@@ -283,58 +321,144 @@ def import_transformers() -> Any:
     return transformers
 
 
+# ---- Hugging Face's folders, out
+
+
 def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | Path) -> None:
-    """Write out_dir, whole or not at all. Raises UserError if the model, called `where`, has no counterpart, or out_dir
-    is there already."""
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+    """Write a model, which came from `where`, and its tokenizer to the folder out_dir. Raises UserError."""
+    partial = out_dir / ".huggingface.partial"
+    if out_dir.exists() and not (out_dir.is_dir() and set(os.listdir(out_dir)) <= {partial.name}):
         raise UserError(f"out_dir {out_dir} exists and is not an empty folder; name another")
-    enc = get_tokenizer(tokenizer) if tokenizer else None
-    theirs = to_transformers(model, enc and enc.eot_token, where)
-    partial = out_dir.resolve().with_name(f".{out_dir.name}.partial")
+    eot = get_tokenizer(tokenizer).eot_token if tokenizer else None
+    theirs = to_transformers(model, eot, where) if is_native(model.config) else None
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        with one_line_errors(out_dir):
-            theirs.save_pretrained(partial)
-            for name, text in tokenizer_files(tokenizer, model.config.block_size).items() if tokenizer else ():
-                (partial / name).write_text(text, encoding="utf-8")
-            for path in partial.iterdir():
-                path.chmod(0o644)  # safetensors lets no one else read its files
-            os.replace(partial, out_dir)
+        with one_line_errors(f"{out_dir} cannot be written"):
+            partial.mkdir(parents=True)
+            if theirs is not None:
+                theirs.save_pretrained(partial)
+            else:
+                save_remote(model, eot, partial)
+            if tokenizer:
+                save_tokenizer(tokenizer, model.config.block_size, partial)
+
+            # Files move up once all are on disk, and config.json last: a folder without it is no model. (The folder
+            # itself may be a mount point, which nothing can replace.)
+            mode = (partial / "config.json").stat().st_mode
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                with contextlib.suppress(PermissionError):  # some file systems have no chmod
+                    path.chmod(mode)  # safetensors lets no one else read its files
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, out_dir / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_native(config: GPTConfig) -> bool:
+    """Whether transformers' GPT-2 or Llama computes what such a model does: their config says all that ours does."""
+    back = to_gpt_config(SimpleNamespace(**their_settings(config)))
+    # Dropout and init are no part of what it computes, and missing biases are biases of 0.
+    return back == dataclasses.replace(config, dropout=0.0, init="gpt2", bias=back.bias, qkv_bias=None)
+
+
 def to_transformers(model: GPT, eot: int | None, where: str | Path) -> nn.Module:
-    """The same model as a class of transformers, on the CPU. Raises UserError, naming the flag, if there is none."""
+    """The same model as a class of transformers, on the CPU. Raises UserError if their logits differ."""
     transformers = import_transformers()
     ours = dataclasses.replace(model.config, mlp_hidden=model.h[0].mlp.c_fc.out_features)
-    kind = KINDS[ours.pos]
-    plain = GPTConfig(**FLAGS[kind])
-    for name, have in vars(ours).items():
-        if name not in (*FIELDS[kind], *ELSEWHERE) and have != (want := getattr(plain, name)):
-            raise UserError(f"{where}: {name} = {have!r}, but Hugging Face's {kind} has {want!r}")
     settings = their_settings(ours) | dict(bos_token_id=eot, eos_token_id=eot)
-    if kind == "gpt2":
+    if ours.pos == "learned":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), ours.dropout)
         settings |= dict(n_ctx=ours.block_size)  # llama.cpp's converter reads this one
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings))
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
     views = by_our_names(theirs.state_dict())
     for name, tensor in model.state_dict().items():  # theirs has all biases or none: those that ours lacks stay 0
         views[name].copy_(tensor)
     check_same_logits(model, theirs, where)
-    if kind == "llama":
+    if ours.pos == "rope":
         theirs.config.rope_theta = ours.rope_base  # where transformers 4 and others look for it
     return theirs
 
 
-def tokenizer_files(tokenizer: str, block_size: int) -> dict[str, str]:
-    """{file name: content} of a tokenizer that gives the same ids. transformers loads it as GPT-2's, whatever the model."""
-    config = {
+def save_tokenizer(tokenizer: str, block_size: int, folder: Path) -> None:
+    """Write a tokenizer that gives the same ids. transformers loads it as GPT-2's, whatever the model."""
+    (folder / "tokenizer.json").write_text(to_json(tokenizer), encoding="utf-8")
+    settings = {
         "tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,  # or else transformers 4 drops the space in " ."
         "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT,
     }  # fmt: skip
-    return {"tokenizer.json": to_json(tokenizer), "tokenizer_config.json": json.dumps(config)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
+    """Write a model of any shape, together with model.py and a class by which transformers runs it."""
+    from safetensors.torch import save_file
+
+    config, code = model.config, f"modeling_{REMOTE}"
+    settings = {
+        "model_type": REMOTE, "architectures": ["TrainGPT2"], "dtype": "float32",
+        "auto_map": {"AutoConfig": f"{code}.TrainGPT2Config", "AutoModelForCausalLM": f"{code}.TrainGPT2"},
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "use_cache": False,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
+        "tie_word_embeddings": config.tie_weights, "bos_token_id": eot, "eos_token_id": eot,
+        "gpt_config": vars(config),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / f"{code}.py").write_text(REMOTE_CODE, encoding="utf-8")
+    shutil.copyfile(model_file.__file__, folder / "model.py")
+    weights = {f"gpt.{name}": tensor for name, tensor in model.state_dict().items()}
+    if config.tie_weights:
+        del weights["gpt.lm_head.weight"]  # it is gpt.wte.weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+REMOTE_CODE = '''"""Lets AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) run model.py."""
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .model import GPT, GPTConfig
+
+
+class TrainGPT2Config(PretrainedConfig):
+    model_type = "train_gpt2"
+
+
+class TrainGPT2(PreTrainedModel, GenerationMixin):
+    config_class = TrainGPT2Config
+    _tied_weights_keys = {"gpt.lm_head.weight": "gpt.wte.weight"}  # if config.tie_word_embeddings
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt = GPT(GPTConfig(**config.gpt_config))
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass  # GPT has done it
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        positions = mask = None
+        if attention_mask is not None and not attention_mask.all():
+            # Nobody but itself attends to padding, and positions count from the first token that is none.
+            tokens = attention_mask.bool()
+            positions = (tokens.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+            itself = torch.eye(tokens.size(1), dtype=torch.bool, device=tokens.device)
+            mask = (torch.ones_like(itself).tril() & tokens[:, None, None, :]) | itself  # (B, 1, T, T)
+        logits = self.gpt.logits(self.gpt.hidden(input_ids, positions=positions, mask=mask))  # (B, T, V)
+        loss = None
+        if labels is not None:  # those of -100 do not count
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """Without a cache the whole text is read for every token, as much of it as the context holds."""
+        last = slice(-self.config.max_position_embeddings, None)
+        mask = None if attention_mask is None else attention_mask[:, last]
+        return {"input_ids": input_ids[:, last], "attention_mask": mask}
+'''
 
 
 if __name__ == "__main__":

@@ -1,74 +1,73 @@
-"""Text from a checkpoint or from GPT-2, streamed as it is made.
+"""Text from a checkpoint or from GPT-2, printed while it is made.
 
-python sample.py                                     asks for prompts, on a terminal; of the newest run under out/
-python sample.py --start="def main"
-python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
-python sample.py --model=gpt2 --start="Once upon a time"
+    python sample.py                                    asks for prompts; without --model, of the newest run in out/
+    python sample.py --start="def main"
+    python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
+    echo "Once upon a time" | python sample.py --model=gpt2
+
+In Python, load() returns a model with its tokenizer, and text() lets it continue a text.
 """
 
 import codecs
 import contextlib
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tiktoken
 import torch
 from torch import Tensor, nn
 
-from configurator import PathStr, UserError, at_least, cli, configure
+from configurator import PathStr, UserError, at_least, cli, configure, within
 from distributed import pick_device, pick_dtype
-from files import read_text
 from huggingface import encoding_of, load_model
 from model import GPT, KVCache, without_cudnn
+from tokenizer import ENDOFTEXT, unused_ids
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
-    start: str = ""  # text to continue, or FILE:path; empty: the start of a document; not given: asks on a terminal
-    num_samples: int = 1  # made together as one batch; the first is streamed
-    max_new_tokens: int = 500  # of each sample, unless it ends itself with <|endoftext|>
+    model: PathStr | None = None  # a run, a checkpoint, a Hugging Face folder or gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # use the run's best checkpoint (lowest val loss), not its newest
+    start: str = ""  # text to continue, or FILE:path; empty: a new document; without it: stdin, or it asks
+    num_samples: int = 1  # samples of each prompt, made as one batch; the first is printed while it is made
+    max_new_tokens: int = 500  # length of a sample, unless it ends itself with <|endoftext|>
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
     top_k: int | None = 200  # draw from this many likeliest tokens; None: from all
-    top_p: float | None = None  # draw from the likeliest tokens that hold this probability together
+    top_p: float | None = None  # draw from the likeliest tokens that hold this probability together; None: from all
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: the fastest
 
     def __post_init__(self):
-        at_least(self, 1, "num_samples", "max_new_tokens")
+        at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
+        within(self, 1e-6, 1, "top_p")
         if self.temperature and self.temperature < 1e-6:  # logits over less leave what float32 holds
             raise ValueError(f"temperature = {self.temperature}, but it must be 0 or at least 1e-6")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k}, but it must be at least 1 (or None)")
-        if self.top_p is not None and not 1e-6 <= self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}, but it must be in [1e-6, 1] (or None)")
 
 
 def main() -> int:
     config, given = configure(SampleConfig, positional="model")
+    starts = prompts(config.start, "start" in given)
     device = pick_device(config.device)
     model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
+
+    # A CPU is fastest with float16 matrices, if torch has kernels for them (AVX2), and a GPU with 16-bit weights.
     packed = device.type == "cpu" and config.dtype in ("auto", "float16")
-    packed &= torch.backends.quantized.engine in ("x86", "fbgemm")  # CPUs with AVX2
+    packed = packed and torch.backends.quantized.engine in ("x86", "fbgemm")
     dtype = torch.float16 if packed else pick_dtype(config.dtype, device)
     model = (pack(model) if packed else model.to(dtype)).eval()
-    starts = [config.start]
-    if config.start.startswith("FILE:"):
-        starts = [read_text(os.path.expanduser(config.start.removeprefix("FILE:")), "it is the text to continue")]
-    if "start" not in given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
-        starts = iter(lambda: input("prompt> "), "")  # until an empty line
+
+    # What it is goes to stderr: stdout is the text alone. Each prompt has a seed of its own.
     print(f"{path}, seed {config.seed}, {str(dtype).removeprefix('torch.')}\n---", file=sys.stderr, flush=True)
     try:
         for number, start in enumerate(starts):
             show(model, enc, start, config, config.seed + number)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C at the prompt
         print()
     except FloatingPointError as error:
         print()
@@ -76,12 +75,49 @@ def main() -> int:
     return 0
 
 
+def prompts(start: str, given: bool) -> Iterable[str]:
+    """The texts to continue: --start if it is given, else what is piped in, else what the user types on a terminal.
+
+    As in training data, a byte order mark is no text, and line ends stay as they are. Raises UserError.
+    """
+    stdin, where = sys.stdin, f"--start={start}" if given else "stdin"
+    try:
+        if start.startswith("FILE:"):
+            return [Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8-sig")]
+        if not given and stdin is not None and not stdin.isatty():
+            print("reading the prompt from stdin, as there is no --start", file=sys.stderr, flush=True)
+            text = stdin.buffer.read().decode("utf-8-sig")
+            return [text.removesuffix("\n").removesuffix("\r")]  # the last line end is echo's
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not text in UTF-8") from None
+    on_terminal = stdin is not None and sys.stdout.isatty()
+    return [start] if given or not on_terminal else ask()
+
+
+def ask() -> Iterator[str]:
+    """What the user types, until an empty line or "quit". Raises EOFError on Ctrl-D."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (makes the line one that can be edited)
+    print('Type a text to continue. An empty line, "quit" or Ctrl-D ends.', file=sys.stderr, flush=True)
+    while (text := input("prompt> ")) not in ("", "quit"):
+        yield text
+
+
 def show(model: GPT, enc: tiktoken.Encoding, start: str, config: SampleConfig, seed: int) -> None:
-    """Print the samples of one start, the first one as it is made; Ctrl-C ends them early."""
-    texts, how = [start] * config.num_samples, (config.temperature, config.top_k, config.top_p)
+    """Print the samples of one prompt, the first while it is made. Ctrl-C ends them early."""
+    num_tokens, block_size = len(encode(enc, start)), model.config.block_size
+    if num_tokens > block_size:
+        cut = f"the prompt has {num_tokens} tokens, of which the model sees only the last {block_size} (its context)"
+        print(cut, file=sys.stderr, flush=True)
+    texts = [start] * config.num_samples
     print(start, end="")
-    with contextlib.suppress(KeyboardInterrupt):  # enough text
-        for pieces in complete(model, enc, start, config.num_samples, config.max_new_tokens, *how, seed=seed):
+    with contextlib.suppress(KeyboardInterrupt):
+        for pieces in complete(
+            model, enc, start, config.num_samples, config.max_new_tokens,
+            config.temperature, config.top_k, config.top_p, seed,
+        ):  # fmt: skip
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             print(pieces[0], end="", flush=True)
     print("", *texts[1:], sep="\n---\n")
@@ -100,16 +136,34 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: GPT) -> GPT:
-    """Put PackedLinears in place of a float32 model's matrices, for generation only; the model itself. A matrix that
-    float16 cannot hold stays: packing would turn a NaN into a number."""
-    found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
-    largest = torch.finfo(torch.float16).max
-    found = [place for place in found if isinstance(place[2], nn.Linear) and place[2].weight.abs().amax() <= largest]
+    """Replace the matrices of a float32 model by PackedLinears, for generation only. Returns the model itself."""
+    # A matrix that float16 cannot hold stays: packing would turn its infinities and NaNs into numbers.
+    places, largest = [], torch.finfo(torch.float16).max
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear) and child.weight.abs().amax() <= largest:
+                places.append((parent, name, child))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
-        packed = list(pool.map(PackedLinear, [linear for _, _, linear in found]))
-    for (parent, name, _), linear in zip(found, packed, strict=True):
+        packed = list(pool.map(PackedLinear, [linear for _, _, linear in places]))
+    for (parent, name, _), linear in zip(places, packed, strict=True):
         setattr(parent, name, linear)
     return model
+
+
+def load(name: str | None = None, device: str = "auto") -> tuple[GPT, tiktoken.Encoding]:
+    """The model called `name`, as for --model, in eval mode, and its tokenizer. Raises UserError."""
+    model, tokenizer, path = load_model(name, pick_device(device))
+    return model.eval(), encoding_of(model, tokenizer, path)
+
+
+def text(model: GPT, enc: tiktoken.Encoding, start: str = "", max_new_tokens: int = 200, **how) -> str:
+    """`start` and a continuation of it; `how`: temperature, top_k, top_p and seed, as complete takes them."""
+    return start + "".join(piece for (piece,) in complete(model, enc, start, 1, max_new_tokens, **how))
+
+
+def encode(enc: tiktoken.Encoding, start: str) -> list[int]:
+    """A prompt's ids: <|endoftext|> in it is the special token, and an empty one is the start of a document."""
+    return enc.encode(start, allowed_special={ENDOFTEXT}, disallowed_special=()) or [enc.eot_token]
 
 
 def complete(
@@ -118,18 +172,20 @@ def complete(
 ) -> Iterator[list[str]]:  # fmt: skip
     """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
 
-    An empty start is the start of a document. `<|endoftext|>` in the start is the special token. The last piece holds
-    the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as generate does.
+    The last piece holds the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as
+    generate does.
     """
     device = model.wte.weight.device
-    ids = enc.encode(start, allowed_special={"<|endoftext|>"}, disallowed_special=()) or [enc.eot_token]
-    idx = torch.tensor([ids] * num_samples, device=device)
+    idx = torch.tensor([encode(enc, start)] * num_samples, device=device)
+    unused = torch.from_numpy(unused_ids(enc)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
+
+    # A token may be a part of a character, so a decoder keeps its bytes until the character is whole.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    how = (temperature, top_k, top_p, enc.n_vocab, enc.eot_token, generator)
+    how = (temperature, top_k, top_p, enc.n_vocab, enc.eot_token, generator, unused)
     for tokens in generate(model, idx, max_new_tokens, *how):
         spelled = (b"" if i == enc.eot_token else enc.decode_single_token_bytes(i) for i in tokens.tolist())
-        yield [decoder.decode(bytes_) for decoder, bytes_ in zip(decoders, spelled, strict=True)]
+        yield [decoder.decode(part) for decoder, part in zip(decoders, spelled, strict=True)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
@@ -137,31 +193,36 @@ def complete(
 def generate(
     model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, vocab_size: int | None = None, eot: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, unused: Tensor | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,), as soon as it is known.
 
-    temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) are never drawn. A sequence that drew
-    eot repeats it from then on; generation ends when all have, or after max_new_tokens. When the context is full, its
-    older half is dropped, so that a long text costs O(1) re-reads a token.
-
-    Raises FloatingPointError if logits are not finite.
+    temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) and the ids in `unused` are never drawn.
+    A sequence that drew eot repeats it; generation ends when all have, or after max_new_tokens. Raises
+    FloatingPointError if logits are not finite.
     """
-    config, block_size = model.config, model.config.block_size
+    block_size = model.config.block_size
     total = min(block_size, idx.size(1) + max_new_tokens)
-    cache = KVCache(config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
+    cache = KVCache(model.config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
     context = new = idx[:, -block_size:]
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
+        # When the context is full, read its newer half again: in a long text that costs O(1) re-reads a token.
         if cache.length + new.size(1) > block_size:
             new = context = context[:, -max(1, block_size // 2) :]
             cache.length = 0
+
+        # One forward pass of the new tokens alone; only the last position's logits are needed.
         with without_cudnn():
-            logits = model.logits(model.hidden(new, cache)[:, -1])  # (B, V)
-        token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
+            logits = model.logits(model.hidden(new, cache)[:, -1])[:, :vocab_size]  # (B, V)
+        if unused is not None and len(unused):
+            logits[:, unused] = -torch.inf
+        token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+
+        # A finished sequence goes on as <|endoftext|>, until all of the batch have finished.
         if eot is not None:
             token = torch.where(done, eot, token)
-            done |= token == eot
+            done = token == eot
         yield token
         if eot is not None and done.all():
             return
@@ -177,16 +238,20 @@ def sample_token(
     Raises FloatingPointError if the logits have no finite maximum: torch.multinomial would end a CUDA process.
     """
     if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
-        raise FloatingPointError("the logits are not finite: its weights are spoilt, or too large for the dtype")
+        raise FloatingPointError("the logits are not finite: its weights are not, or are too large for the dtype")
     if temperature == 0.0:
         return logits.argmax(dim=-1)
+
+    # Take the candidates alone, likeliest first: cheaper than a softmax over all of V.
     ids = None
-    if top_k is not None or top_p is not None:  # the candidates alone, likeliest first: cheaper than all of V
+    if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probs = (logits / temperature).softmax(dim=-1)
+
+    # top_p drops a token if the likelier ones together already hold that much probability.
     if top_p is not None:
-        outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before a token already reaches top_p
-        probs = probs.masked_fill(outside, 0.0)
+        mass_before = probs.cumsum(dim=-1) - probs
+        probs = probs.masked_fill(mass_before >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 

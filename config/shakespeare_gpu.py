@@ -4,6 +4,7 @@
 # about 20 seconds and the compilation.
 #     python fineweb.py config/data/shakespeare_char.py
 #     python train_gpt2.py config/shakespeare_gpu.py
+# huggingface.py exports it with its own code. With --mlp=swiglu --qk_norm=False it is a LlamaForCausalLM instead.
 # The val loss may rise before the end; sample.py out/shakespeare_gpu --best=True takes the checkpoint of the lowest.
 out_dir = "out/shakespeare_gpu"
 data_dir = "data/shakespeare_char"

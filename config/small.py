@@ -2,6 +2,7 @@
 #     python fineweb.py --files='notes/**/*.txt' --out_dir=data/notes
 #     python train_gpt2.py config/small.py
 #     python train_gpt2.py config/small.py --data_dir=data/imdb --out_dir=out/imdb
+# huggingface.py exports it with its own code. With --mlp=swiglu --qk_norm=False it is a LlamaForCausalLM instead.
 import torch
 
 out_dir = "out/notes"

@@ -5,6 +5,7 @@
 #     python fineweb.py config/data/tinystories.py
 #     python train_gpt2.py config/tinystories.py
 #     python sample.py --model=out/tinystories --start="Once upon a time"
+# huggingface.py exports it with its own code. With --mlp=swiglu --qk_norm=False it is a LlamaForCausalLM instead.
 out_dir = "out/tinystories"
 data_dir = "data/tinystories"
 

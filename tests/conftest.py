@@ -184,6 +184,12 @@ class Fork(FORKING.Process):
             self.join()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_piped_in(monkeypatch):
+    """pytest's own stdin refuses to be read, which sample.py does without --start."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+
 @pytest.fixture
 def cudnn(monkeypatch):
     """Of each forward pass from now on, whether its attention may be cuDNN's, as it may outside of it."""
