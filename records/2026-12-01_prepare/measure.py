@@ -6,8 +6,10 @@ Three settings: rows of Parquet, one long text of novels, and one of words that 
 checkouts in each setting, and the one that begins changes from round to round. The tokens must be equal.
 """
 
+import contextlib
 import glob
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -43,11 +45,16 @@ def measure(root: Path, options: list[str], out_dir: Path) -> tuple[float, float
     start = time.perf_counter()
     command = [sys.executable, str(root / "fineweb.py"), *options, f"--out_dir={out_dir}"]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    memory = 0
+    while process.poll() is None:  # wait4's ru_maxrss would be this process's own, if that is larger
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            memory = int(found[1]) / 1024 if found else memory
+        time.sleep(0.02)
     seconds = time.perf_counter() - start
-    assert status == 0, command
+    assert process.returncode == 0, command
     paths = [path for split in ("train", "val") for path in sorted(out_dir.glob(f"*_{split}_*.bin"))]
-    return seconds, usage.ru_maxrss / 1024, np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
+    return seconds, memory, np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
 
 
 def main(other: str, files: str, rounds: str = "5", megabytes: str = "300") -> None:
