@@ -47,8 +47,10 @@ def test_data_name_and_folder_are_synced_in_this_order(tmp_path, monkeypatch):
     assert calls == ["data", "name", "folder"]
 
 
-@pytest.mark.parametrize(("number", "of_files", "works"), [(errno.EINVAL, True, True), (errno.EIO, False, True),
-                                                          (errno.EIO, True, False), (errno.ENOSPC, True, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "of_files", "works"),
+    [(errno.EINVAL, True, True), (errno.EIO, False, True), (errno.EIO, True, False), (errno.ENOSPC, True, False)],
+)
 def test_file_systems_that_cannot_sync(tmp_path, monkeypatch, number, of_files, works):
     """A file system without fsync is one to write on. A disk that fails or is full is not."""
 
