@@ -25,7 +25,7 @@ from conftest import call, write_shard
 
 import fineweb
 import tokenizer
-from configurator import UserError, configure
+from configurator import UserError
 from dataloader import Windows, read_meta
 from fineweb import Cursor, DataConfig, Origin
 from tokenizer import get_tokenizer, to_json
