@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import requests
+import tqdm
 from conftest import call, write_shard
 
 import fineweb
@@ -738,7 +739,7 @@ def test_val_fraction_counts_and_believes_no_readme(tmp_path, small, rows):
 
 def test_counting_what_is_far_away_is_told(capsys):
     config = DataConfig(dataset="some/words", val_fraction=0.5)
-    assert fineweb.find_val(config, [("train", lambda: iter([("a", True)] * 4))], Origin([["a"]], 9)) == (2, 0)
+    assert fineweb.find_val(config, [("train", lambda: iter([("a", True)] * 4))], Origin([["a"]], 9, None)) == (2, 0)
     assert "--val_seed=1 would not" in capsys.readouterr().err
 
 
@@ -817,3 +818,20 @@ def test_url(tmp_path):
         server.shutdown()
     assert read_split(tmp_path / "out", "train") == [256, *b"one two t"]
     assert read_split(tmp_path / "out", "val") == [256, *b"hree four"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_the_progress_bar_knows_the_end_if_the_size_is_known(tmp_path, small, monkeypatch, kind):
+    texts, totals = ["word " * 50] * 100, []
+    write_rows(tmp_path / f"a.{kind}", texts)
+    if kind == "txt":
+        (tmp_path / "a.txt").write_text("".join(texts))
+
+    class Bar(tqdm.tqdm):
+        def update(self, count):
+            totals.append(self.total)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    meta = prepare(tmp_path / "out", files=f"{tmp_path}/a.{kind}", shard_tokens=1000, val_shards=1, tokenizer="bytes")
+    tokens = meta["train_tokens"] + meta["val_tokens"]
+    assert totals[5] == (None if kind == "jsonl" else pytest.approx(tokens, rel=0.01))
