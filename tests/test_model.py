@@ -38,22 +38,19 @@ def batch(B=3, T=32):
     return tokens[:, :-1], tokens[:, 1:].clone()
 
 
-@pytest.mark.parametrize(
-    ("flags", "count"),
-    [
-        (dict(), 124_439_808),
-        (dict(vocab_size=50304), 124_475_904),
-        (dict(vocab_size=50304, pos="rope"), 123_689_472),
-        (dict(MODERN, vocab_size=50304), 123_682_560),
-        (dict(MODERN, vocab_size=50304, bias=False), 123_587_328),
-        (dict(MODERN, vocab_size=50304, mlp_hidden=3072), 152_018_688),
-        (dict(MODERN, vocab_size=50304, mlp_hidden=3072, bias=False), 151_898_880),
-        (dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
-        (dict(n_layer=36, n_head=20, n_embd=1280), 774_030_080),
-        (dict(n_layer=48, n_head=25, n_embd=1600), 1_557_611_200),
-    ],
+MEDIUM, LARGE, XL = (
+    dict(n_layer=L, n_head=nh, n_embd=C) for L, nh, C in ((24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
 )
-def test_parameters_and_flops(flags, count):
+PARAMETERS = [
+    (124_439_808, {}), (124_475_904, dict(vocab_size=50304)), (123_689_472, dict(vocab_size=50304, pos="rope")),
+    (123_682_560, dict(MODERN, vocab_size=50304)), (123_587_328, dict(MODERN, vocab_size=50304, bias=False)),
+    (152_018_688, dict(MODERN, vocab_size=50304, mlp_hidden=3072)), (354_823_168, MEDIUM), (774_030_080, LARGE),
+    (151_898_880, dict(MODERN, vocab_size=50304, mlp_hidden=3072, bias=False)), (1_557_611_200, XL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "flags"), PARAMETERS)
+def test_parameters_and_flops(count, flags):
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**flags))
     assert gpt.num_params() == count
@@ -167,22 +164,6 @@ def test_cached_logits_equal_uncached(flags):
             cache = KVCache(gpt.config, 3, 32)
             parts = [gpt(part, cache=cache) for part in idx.split(pieces, dim=1)]
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-
-
-@variants
-def test_a_tree_of_sequences_in_one_row(flags):
-    """A trunk of 10 tokens, branches of 7 and 9 behind it, padding: each branch as if it stood there alone."""
-    gpt, (idx, _) = make(flags), batch()
-    trunk, left, right = idx[:, :10], idx[:, 10:17], idx[:, 17:26]
-    positions = torch.tensor([*range(10), *range(10, 17), *range(10, 19), *[0] * 6]).expand(3, -1)
-    segment = torch.tensor([0] * 10 + [1] * 7 + [2] * 9 + [3] * 6)
-    mask = ((segment == segment[:, None]) | (segment == 0)).tril().expand(3, 1, -1, -1)
-    with torch.no_grad():
-        x = gpt.hidden(idx, positions=positions, mask=mask)
-        for branch, here in ((left, x[:, 10:17]), (right, x[:, 17:26])):
-            alone = gpt.hidden(torch.cat([trunk, branch], 1))
-            torch.testing.assert_close(x[:, :10], alone[:, :10], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(here, alone[:, 10:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_the_model_is_the_recipes(tables):
     count = len(set(tables) - {None})
     _, model = recipe(*SMALL, f"--n_layer={len(tables)}", f"--value_embeds={count}")
     assert [hasattr(block.attn, "value_gain") for block in model.h] == [table is not None for table in tables]
+    assert all((p == 0.5).all() for name, p in model.named_parameters() if name.endswith("value_gain"))
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
@@ -114,6 +115,7 @@ def test_the_groups_are_the_recipes(name):
                 if hidden and muon:
                     assert (group["momentum"], group["nesterov"]) == (0.95, True)
                     assert (group["ns_coefficients"], group["ns_steps"]) == ((2, -1.5, 0.5), 12)
+                    assert group["adjust_lr_fn"] == "original"  # sqrt(max(1, rows / cols))
                 else:
                     assert isinstance(optimizer, torch.optim.AdamW)
                     assert (group["betas"], group["eps"]) == ((0.8, 0.95) if muon else (0.9, 0.9), 1e-10)
