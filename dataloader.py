@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -69,13 +69,12 @@ def open_shard(path: Path) -> np.ndarray:
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
 
-def fingerprints(data_dir: str, meta: dict, names: Iterable[str] | None = None) -> dict[str, list]:
+def fingerprints(data_dir: str, meta: dict) -> dict[str, list]:
     """What tells one preparation from another: {shard's name: [tokens, crc32 of a sample of them, its crc32 in
-    meta.json]}. The sample is 16 blocks of 2,048 tokens, spread evenly: a shard that was written anew has another.
-    `names`: only of these shards, and of those only the ones that are still there."""
+    meta.json]}. The sample is 16 blocks of 2,048 tokens, spread evenly: a shard that was written anew has another."""
     known = {name: crc for names in meta.get("shards", {}).values() for name, (_, crc) in names.items()}
-    found, paths = {}, find_shards(data_dir, "train") + find_shards(data_dir, "val")
-    for path in paths if names is None else filter(Path.exists, (Path(data_dir, name) for name in names)):
+    found = {}
+    for path in find_shards(data_dir, "train") + find_shards(data_dir, "val"):
         tokens, crc = shard_tokens(path), 0
         with open(path, "rb", buffering=0) as file:
             for start in np.linspace(0, max(0, tokens - 2048), 16).astype(int).tolist():
