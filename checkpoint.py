@@ -1,6 +1,7 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -10,7 +11,7 @@ import sys
 import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from metrics import Metrics
 from model import GPT, GPTConfig
 
 # What reading a damaged zip file raises. Errors of the system (OSError, MemoryError) are not among them.
-DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError, OverflowError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, ArithmeticError, LookupError,
+          ValueError, RuntimeError)  # fmt: skip
 
 
 def path_of(out_dir: str, step: int) -> Path:
@@ -77,19 +79,18 @@ def fault(path: Path) -> str | None:
     would overwrite a newer, good one.
     """
     try:
-        if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             return "is not a file"
-        # torch.load compares no checksum: a damaged file would load silently.
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksum: damaged files load silently
             if archive.testzip() is not None:
                 return "is damaged"
         state = load(path)
-    except (OSError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'out of memory'}") from None
-    except pickle.UnpicklingError:  # classes that weights_only does not allow; nothing has been executed
-        return "is not a checkpoint of a run"
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged offset, from before the beginning of the file
+            return "is damaged"
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except DAMAGE as error:
-        if "mmap" in str(error):  # torch has no memory, and says so in a RuntimeError
+        if "mmap" in str(error):  # torch lacks memory to map the file
             raise UserError(f"{path} cannot be read: {error}") from None
         return "is damaged, or not a checkpoint"
     if not isinstance(state, dict) or not {"model", "step", "gpt_config", "tokenizer"} <= state.keys():
@@ -171,31 +172,36 @@ def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -
 
 
 def merge(
-    saved: dict, asked: Any, given: dict[str, str], fixed: Collection[str], where: Path, say: Callable[[str], None]
-) -> Any:
-    """A run's saved options as a dataclass, changed by those that were set as flags. `given` says where each was set.
+    saved: dict, config: Any, gpt_config: GPTConfig, given: dict[str, str], fixed: Collection[str], log: Metrics
+) -> tuple[Any, GPTConfig, dict[str, list]]:
+    """A run's saved options, changed by those that were set as flags, and {option: [saved, now]} of the changes.
 
-    The run's own options hold against a config file, which may have changed since; each difference is a line.
-    Raises UserError where a flag would change one of the fixed options: that would be another run.
+    `given` says where each option was set. Against a config file, which may have been edited since, the run's options
+    hold; a line says so. Raises UserError where a flag would make it another run: the model's options and the `fixed`.
     """
-    values = {option.name: saved.get(option.name, option.default) for option in fields(asked)}
-    for name in [name for name in values if name in given]:
-        want, have = getattr(asked, name), values[name]
-        left_open = want is None and name in ("seq_len", "total_batch_size")  # worked out when the run began
-        if want == have or left_open:
-            continue
-        if not given[name].startswith("--"):
-            change = "" if name in fixed else "; a flag would change it"
-            say(f"{given[name]} says {name} = {want!r}; this run keeps {have!r}{change}")
-        elif name in fixed:
-            had = f"but this run has {have!r} ({where})"
-            raise UserError(f"{given[name]}: {name} = {want!r}, {had}; keep that, or start another run")
-        else:
-            values[name] = want
-    try:
-        return type(asked)(**values)
-    except ValueError as error:  # a rule across the options
-        raise UserError(f"{error} ({where} and the flags)") from None
+    configs, changed = [], {}
+    for asked, old in ((config, saved["config"]), (gpt_config, saved["gpt_config"])):
+        values = {option.name: old.get(option.name, option.default) for option in fields(asked)}
+        for name, have in values.items():
+            want, source = getattr(asked, name), given.get(name)
+            left_open = want is None and name in ("seq_len", "total_batch_size")  # worked out when the run began
+            may_change = asked is config and name not in fixed
+            if name in ("out_dir", "resume"):  # always as they are given
+                values[name] = want
+            elif source is None or want == have or left_open:
+                continue
+            elif not source.startswith("--"):
+                change = "; a flag would change it" if may_change else ""
+                log.say(f"{source} says {name} = {want!r}; this run keeps {have!r}{change}")
+            elif may_change:
+                values[name], changed[name] = want, [have, want]
+            else:
+                raise UserError(f"{source}: {name} = {want!r}, but this run has {have!r}; keep that, or start another")
+        try:
+            configs.append(type(asked)(**values))
+        except ValueError as error:  # a rule across the options
+            raise UserError(f"{error} (the options of {config.out_dir}, and the flags)") from None
+    return *configs, changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ Whatever ended it early: the same command with --resume=True continues it.
 import gc
 import signal
 
+from configurator import end_with_torchrun
+
 if __name__ == "__main__":
+    end_with_torchrun()  # which may be killed while this process still imports torch
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports prints no traceback
     gc.disable()  # until the first step: looking for garbage takes a tenth of the start, and there is none
 
 import contextlib
 import math
-import re
 import shlex
 import time
 import zlib
@@ -35,7 +37,17 @@ from tqdm import tqdm
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, check_data, data_tokenizer, fingerprints, read_meta, train_batches, val_batches
-from distributed import StopRequest, World, autocast, full, hardware, machine, make_deterministic, pick_dtype
+from distributed import (
+    StopRequest,
+    World,
+    autocast,
+    full,
+    hardware,
+    machine,
+    make_deterministic,
+    peak_memory,
+    pick_dtype,
+)
 from metrics import Metrics, bits_per_byte, clock, word_loss
 from model import GPT, GPTConfig
 from optim import Average, OptimConfig, learning_rate, make_optimizers
@@ -57,7 +69,7 @@ class TrainConfig(OptimConfig):
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of matrix products; weights: float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # the whole model on every GPU, or a share of it (saves memory, slower)
+    parallel: Literal["ddp", "ddp_bf16", "fsdp"] = "ddp"  # ddp_bf16: half the traffic; fsdp: less memory, slower
     activation_checkpointing: bool = False  # recompute activations in the backward pass: saves memory, 1/4 slower
     chunked_loss: bool = False  # compute the logits in chunks: saves memory
     deterministic: bool = False  # the same bits in every run on GPUs too (slower); on CPUs they always are
@@ -139,8 +151,10 @@ class State:
 
     step: int = 0  # optimizer steps done
     skipped: int = 0  # how many of them, the last ones in a row, had no finite loss and gradient
-    losses: list[float] = field(default_factory=list)  # training losses since the last train record
+    losses: list[float] = field(default_factory=list)  # finite ones, since the last train record
+    times: list[float] = field(default_factory=list)  # seconds of each step since then
     seconds: float = 0.0  # of running, in all launches together
+    saved_step: int | None = None  # the newest checkpoint
     best: dict = field(default_factory=lambda: {"step": None, "val_loss": math.inf})  # of the saved steps
     lowest: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})  # of all evaluations
     ended_by: str | None = None  # "target_loss" or "patience", once one of them has ended the run
@@ -162,7 +176,8 @@ def main() -> int:
     # A finished run has nothing to do, except for the report if it died while writing that. One that
     # died between its last checkpoint and its last record is not finished: it goes on to conclude.
     if path and finished(run, state) and world.on_main(lambda: log.is_done(state.step)):
-        if world.is_main and not report_is_written(run):
+        report = log.path.with_name("report.md")
+        if world.is_main and not (report.exists() and report.stat().st_mtime >= log.path.stat().st_mtime):
             write_report(run)
         log.say(f"{config.out_dir}: this run is done, at step {state.step}")
         world.close()
@@ -190,7 +205,7 @@ def look(
     config: TrainConfig, gpt_config: GPTConfig, given: dict[str, str], path: Path | None, saved: dict, world: World,
     log: Metrics,
 ) -> tuple[Run, int]:  # fmt: skip
-    """The run with these options, ready to be built, and a checksum of what must be the same on all processes.
+    """The run with these options, not built yet, and a checksum of what must be the same on all processes.
 
     `given` says where each option was set. `path` is the checkpoint to resume; without one, `saved` holds the options
     of a run that died before its first checkpoint, or nothing. Raises UserError.
@@ -198,38 +213,30 @@ def look(
     # A run that goes on has its own options; only flags change them.
     saved, changed = checkpoint.load_run(path) if path else saved, {}
     if saved:
-        where = path or log.path
-        given_now = given | {"out_dir": "--out_dir", "resume": "--resume"}  # these two are never the run's own
-        config = checkpoint.merge(saved["config"], config, given_now, FIXED, where, log.say)
-        gpt_config = checkpoint.merge(saved["gpt_config"], gpt_config, given, vars(gpt_config), where, log.say)
-        pairs = {name: [saved["config"].get(name, value), value] for name, value in asdict(config).items()}
-        changed = {n: pair for n, pair in pairs.items() if pair[0] != pair[1] and n not in ("out_dir", "resume")}
+        config, gpt_config, changed = checkpoint.merge(saved, config, gpt_config, given, FIXED, log)
 
-    # The data says which vocabulary a new model gets; a resumed run must find the data that it began with.
+    # The data decides the vocabulary of a new model. A resumed run must find the data that it began
+    # with, and keeps its tokenizer.
     world.use(config.device)
-    if not Path(config.data_dir).is_dir():
-        raise UserError(
-            f"data_dir {config.data_dir}: no such folder; prepare it with {how_to_prepare(config.data_dir)}"
-        )
     meta = read_meta(config.data_dir)
     gpt_config, saved = starting_point(saved, config, gpt_config, given, meta)
-    tokenizer = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size)
-    data = fingerprints(config.data_dir, meta)
+    tokenizer, data = data_tokenizer(config.data_dir, meta, gpt_config.vocab_size), fingerprints(config.data_dir, meta)
     if path:
         check_data(config.data_dir, saved["data"], data)
-        check_tokenizer(config.data_dir, saved["tokenizer"], tokenizer)
+        if tokenizer != saved["tokenizer"]:
+            from tokenizer import check_same_tokenizer  # takes a while to import
 
-    # Fill in the sizes that were left open, and see that all of them go together.
+            check_same_tokenizer(saved["tokenizer"], tokenizer, path, config.data_dir)
+        tokenizer = saved["tokenizer"]
+
+    # Fill in the sizes that were left open. The run ends at max_steps or after its epochs, whichever
+    # comes first; after one epoch if neither is given.
     T = config.seq_len or gpt_config.block_size
     config = replace(config, seq_len=T, total_batch_size=config.total_batch_size or config.batch_size * T * world.size)
-    check_sizes(config, gpt_config, meta, world)
-    if (config.sample_interval or config.hellaswag_interval) and not tokenizer:
-        raise UserError(f"{config.data_dir}: its tokenizer is not known, which samples and HellaSwag need")
+    check_sizes(config, gpt_config, meta, tokenizer, world)
     ids = meta.get("vocab_size", gpt_config.vocab_size)
     train_data = Windows(config.data_dir, "train", T, ids)
     val_data = Windows(config.data_dir, "val", T, ids) if config.val_interval else None
-
-    # The run's length: max_steps or the epochs, whichever ends sooner; one epoch if neither is given.
     rows, epochs = config.total_batch_size // T, config.epochs or (math.inf if config.max_steps else 1)
     max_steps = min(config.max_steps or math.inf, epochs * len(train_data) / rows)
     if max_steps < 1:
@@ -260,27 +267,8 @@ def starting_point(
     return gpt_config, {}
 
 
-def how_to_prepare(data_dir: str) -> str:
-    """The command that makes this data: that of the config in config/data/ which names it, if there is one."""
-    for file in sorted(Path(__file__).parent.glob("config/data/*.py")):
-        names = re.search(r'^out_dir = "(.*)"', file.read_text(encoding="utf-8"), re.MULTILINE)
-        if names and Path(names[1]) == Path(data_dir):
-            return f"python fineweb.py config/data/{file.name}"
-    return "fineweb.py (see config/data/)"
-
-
-def check_tokenizer(data_dir: str, saved: str | None, now: str | None) -> None:
-    """Raises UserError if the data's tokenizer is not the checkpoint's: its ids would mean other text."""
-    if saved == now:
-        return
-    from tokenizer import same_tokenizer  # takes a while to import
-
-    if not (saved and now and same_tokenizer(saved, now)):
-        raise UserError(f"{data_dir}: its tokenizer is not the one that this run began with; restore its meta.json")
-
-
-def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, world: World) -> None:
-    """Raises UserError where the sizes of options, model, data and machine do not go together."""
+def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenizer: str | None, world: World) -> None:
+    """Raises UserError where options, model, data and machine do not go together."""
     T, one_round = config.seq_len, config.batch_size * config.seq_len * world.size
     if gpt_config.vocab_size < meta.get("vocab_size", 0):
         raise UserError(f"vocab_size = {gpt_config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} ids")
@@ -290,6 +278,8 @@ def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, world: W
         raise UserError(f"val_tokens = {config.val_tokens} is less than one window of seq_len = {T}")
     if world.device.type == "mps" and config.batch_size * T > 32768:  # github.com/pytorch/pytorch/issues/177116
         raise UserError(f"batch_size x seq_len above 32768 has wrong gradients on MPS; use --batch_size={32768 // T}")
+    if (config.sample_interval or config.hellaswag_interval) and not tokenizer:
+        raise UserError(f"{config.data_dir}: its tokenizer is not known, which samples and HellaSwag need")
     if rest := config.total_batch_size % one_round:
         parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
         below = config.total_batch_size - rest
@@ -329,8 +319,8 @@ def build(run: Run, state: State) -> None:
     run.saved = {}  # the file is mapped: as long as it is in use, deleting it frees no disk
 
     # Compile, and take one backward pass whose gradients are thrown away: what fails to compile or does
-    # not fit into memory ends the run here. DDP and FSDP also settle in it who sums what in which order,
-    # without which a resumed run on three processes would differ from one that never stopped.
+    # not fit into memory fails here. DDP and FSDP also settle in it who sums what in which order, without
+    # which a resumed run on three processes would differ from one that never stopped.
     compiled = world.device.type == "cuda" if config.compile is None else config.compile
     if compiled and world.sharded:  # blocks are gathered between compiled parts
         for block in model.h:
@@ -340,7 +330,7 @@ def build(run: Run, state: State) -> None:
         model.compile()
     example = torch.zeros((2, config.batch_size, config.seq_len), dtype=torch.int64, device=world.device)  # x and y
     with run.autocast:
-        run.wrapped = world.wrap(model, *example, warm_up=compiled)
+        run.wrapped = world.wrap(model, *example, warm_up=compiled, bf16=config.parallel == "ddp_bf16")
     run.stop, run.launched = StopRequest(), time.perf_counter() - state.seconds
 
 
@@ -361,34 +351,28 @@ def load_hellaswag(run: Run) -> None:
 
 
 def train(run: Run, state: State) -> int:
-    """Train until the run is finished, a signal arrives, or too many steps in a row are skipped. Returns the exit
-    status."""
-    config, log, world = run.config, run.log, run.world
+    """Train until the run is finished, a signal arrives or too many steps are skipped. Returns the exit status."""
+    config, world = run.config, run.world
     batches = train_batches(
         run.train_data, config.seed, run.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
     )
-    saved_step = state.step if run.path else None
-    postponed = stop = False  # a checkpoint; the run
-    loss, norm, logged_step, seconds = math.nan, math.nan, state.step, 0.0  # seconds of the steps since logged_step
+    loss, norm, stop, postponed = math.nan, math.nan, False, False
     while True:
         # Between two steps the weights stand still: this is the time to measure them and to save them.
-        # Whoever asks the run to stop cannot wait for an evaluation: the resumed run makes it.
+        # Whoever asks the run to stop cannot wait for that: the resumed run does it.
         val_loss = None
         if not stop:
             val_loss, stop = evaluate_if_due(run, state)
         done = finished(run, state) and not stop
-        if done and state.step > logged_step:  # ended by its evaluation, at a step without a record
-            log_step(run, state, loss, norm, seconds / (state.step - logged_step))
+        if done and state.times:  # ended by its evaluation, at a step without a train record
+            log_step(run, state, loss, norm)
 
-        # No checkpoint is written while steps are being skipped: weights that have just become useless
-        # would push out good ones. It waits for the next good step. Only the end cannot wait. A run that
-        # was stopped before this step's evaluation saves the step again if that makes it the best.
+        # A checkpoint waits while steps are being skipped: weights that have just become useless would
+        # push out good ones. Only the end of the run cannot wait.
         wanted = done or stop or postponed or (state.step > 0 and due(state.step, config.checkpoint_interval))
         postponed = wanted and state.skipped > 0 and not done
-        is_best = val_loss is not None and val_loss < state.best["val_loss"]
-        if wanted and not postponed and (state.step != saved_step or is_best):
-            must = done or stop or saved_step is None
-            saved_step = save(run, state, val_loss, must) or saved_step
+        if wanted and not postponed:
+            save(run, state, val_loss, last=done or stop)
 
         # The end is recorded once everything is saved. A kill in between costs only the record, which
         # the resumed run makes.
@@ -396,28 +380,23 @@ def train(run: Run, state: State) -> int:
             batches.close()
             return conclude(run, state, val_loss, stop)
 
-        # One optimizer step: gradients of all micro-batches on all GPUs, averaged, then one update.
-        began = time.perf_counter()
+        # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such steps
+        # are bad luck; many in a row mean that the run has diverged, and no later step will mend it.
         loss, norm, stop = train_step(run, state, batches)
-        seconds += time.perf_counter() - began
-
-        # A step without a finite loss and gradient changed nothing. A few are bad luck; many in a row
-        # mean that the run has diverged, and no later step will mend it.
         if state.skipped:
-            log.write("event", event="skipped step", step=state.step, loss=loss, grad_norm=norm)
-            log.say(f"{here(run, state)} | skipped: loss {loss}, norm {norm}")
+            run.log.write("event", event="skipped step", step=state.step, loss=loss, grad_norm=norm)
+            run.log.say(f"{here(run, state)} | skipped: loss {loss}, norm {norm}")
         if state.skipped >= MAX_SKIPPED:
             batches.close()
             return give_up(run, state, loss, norm)
         if state.step == 1 or due(state.step, config.log_interval, finished(run, state)):
-            log_step(run, state, loss, norm, seconds / (state.step - logged_step))
-            logged_step, seconds = state.step, 0.0
+            log_step(run, state, loss, norm)
 
 
 def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, bool]:
     """One optimizer step. Returns the loss of the whole batch, the gradient's norm before clipping, and whether any
     process was asked to stop."""
-    config, model, world, scaler = run.config, run.model, run.world, run.scaler
+    config, world, scaler, began = run.config, run.world, run.scaler, time.perf_counter()
     state.step += 1
 
     # Dropout draws from a generator that is seeded by the step. So a resumed run needs no generator
@@ -427,8 +406,8 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
         torch.manual_seed(int(seed[0]))
 
     # Forward and backward. The gradients of all micro-batches add up in p.grad; dividing each loss by
-    # their number makes the sum a mean. Only the last micro-batch averages over the GPUs: doing it every
-    # time would send the same bytes again and again.
+    # their number makes the sum a mean. Only the last one averages gradients over the GPUs: doing it
+    # every time would send the same bytes again and again.
     totals = torch.zeros(3, device=world.device)  # loss, requests to stop, seconds
     for i in range(run.micro_batches):
         x, y = next(batches)  # (B, T) each
@@ -438,38 +417,41 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
         totals[0] += loss.detach()
         scaler.scale(loss).backward()
 
-    # Average the loss over all processes. The request to stop and the clock ride along in the same
-    # message, so that all processes end after the same step, and no step waits for a second message.
+    # Average the loss over the GPUs. The request to stop and the clock ride in the same message, so that
+    # all processes end after the same step, and none waits for a second message.
     totals[1] += bool(run.stop)
     totals[2] += time.perf_counter() - run.launched
     world.mean_(totals)
 
-    # Clip the gradient to the length grad_clip. Here the CPU waits for the GPU, once in a step: loss and
-    # norm come over together.
+    # Clip the gradient to a length of grad_clip. Here the CPU waits for the GPU, once in a step.
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     norm, (loss, stop, state.seconds) = full(norm).item(), totals.tolist()
 
-    # Update the weights, unless loss or gradient are not finite: a NaN would spoil them for good. Both
-    # numbers are the same on all processes, so all of them skip the step, or none does.
-    finite, lr = math.isfinite(loss) and math.isfinite(norm), learning_rate(state.step, config, run.max_steps)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        if finite:
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    if run.average and finite:
-        run.average.update(state.step)
-
-    state.skipped = 0 if finite else state.skipped + 1
+    update(run, state, finite=math.isfinite(loss) and math.isfinite(norm))
     if math.isfinite(loss):
         state.losses.append(loss)
     if config.target_loss is not None and loss < config.target_loss:
         state.ended_by = "target_loss"
+    state.times.append(time.perf_counter() - began)
     return loss, norm, stop > 0
+
+
+def update(run: Run, state: State, finite: bool) -> None:
+    """Update the weights by their gradients, unless these are not finite: a NaN would spoil the weights for good. All
+    processes have the same loss and norm, so all of them skip the step, or none does."""
+    lr = learning_rate(state.step, run.config, run.max_steps)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        if finite:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    if run.average and finite:
+        run.average.update(state.step)
+    state.skipped = 0 if finite else state.skipped + 1
 
 
 def finished(run: Run, state: State) -> bool:
@@ -611,45 +593,42 @@ def sample(run: Run) -> tuple[str, str | None]:
     return text, problem
 
 
-def save(run: Run, state: State, val_loss: float | None, must: bool) -> int | None:
-    """Write a checkpoint of this step. Returns the step, or None if the disk did not take it: then the run goes on.
+def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
+    """Write a checkpoint of this step, unless it has one. It is the best so far if no other's val_loss is lower.
 
-    A val_loss below all others makes it the best one, which is kept. Raises UserError if the data or out_dir are not
-    what they were, and, with `must`, if the disk did not take it.
+    Raises UserError if out_dir is not the run's any more, or the disk is full and there is nothing to fall back on.
     """
-    config, log, world = run.config, run.log, run.world
-    is_best = val_loss is not None and val_loss < state.best["val_loss"]
-    best = {"step": state.step, "val_loss": val_loss} if is_best else state.best
+    config, log, world, before = run.config, run.log, run.world, (state.saved_step, state.best)
+    if val_loss is not None and val_loss < state.best["val_loss"]:
+        state.best = {"step": state.step, "val_loss": val_loss}
+    elif state.saved_step == state.step:
+        return
+    state.saved_step = state.step
     weights, average = run.model.state_dict(), run.average and run.average.state_dict()
     contents = {
         "model": world.whole(average or weights), "training_weights": world.whole(weights if average else None),
         "optimizer": world.whole(checkpoint.optimizer_state(run.model, run.optimizers)),
         "scaler": run.scaler.state_dict(), "data": run.data, "tokenizer": run.tokenizer,
-        "config": asdict(config), "gpt_config": asdict(run.gpt_config), **asdict(state), "best": best,
+        "config": asdict(config), "gpt_config": asdict(run.gpt_config), **asdict(state),
     }  # fmt: skip
 
     def write() -> str | None:
-        # Never save what was trained on data that has changed, or into a folder that is another run's by now.
-        check_data(config.data_dir, run.data, fingerprints(config.data_dir, run.meta, run.data))
         log.check_folder()
         try:
             log.sync()  # the records that led to a checkpoint are on disk before it
-            keep = 0 if state.skipped else config.keep_checkpoints  # a run that fails pushes no good one out
-            log.say(f"saved {checkpoint.save(contents, config.out_dir, keep, best['step'])}")
+            keep = 0 if state.skipped else config.keep_checkpoints  # weights that may be useless push out no good ones
+            log.say(f"saved {checkpoint.save(contents, config.out_dir, keep, state.best['step'])}")
         except OSError as error:
             return error.strerror or str(error)
 
-    # A full disk ends no run that has a checkpoint: older ones stay, and the next save tries again. But
-    # the first one must succeed, or a disk that is full from the start would lose the whole run.
-    problem = world.on_main(write)
-    if problem is None:
-        state.best = best
-        return state.step
-    log.write("event", event="not saved", step=state.step, problem=problem)
-    if must:
-        raise UserError(f"{config.out_dir}: step {state.step} is not saved: {problem}; make room, then --resume=True")
-    log.say(f"NOT SAVED at step {state.step}: {problem}; older checkpoints are untouched, and the run goes on")
-    return None
+    # A full disk ends no run that has a checkpoint: the older ones stay, and the next save tries again.
+    # But the first one must succeed, or a disk that is full from the start would cost the whole run.
+    if problem := world.on_main(write):
+        state.saved_step, state.best = before
+        log.write("event", event="not saved", step=state.step, problem=problem)
+        if last or state.saved_step is None:
+            raise UserError(f"{config.out_dir}: step {state.step} is not saved: {problem}; make room and --resume=True")
+        log.say(f"NOT SAVED at step {state.step}: {problem}; older checkpoints are untouched, and the run goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,20 +672,20 @@ def plural(n: int, word: str, ending: str = "s") -> str:
     return f"{n:,} {word}{ending if n != 1 else ''}"
 
 
-def log_step(run: Run, state: State, loss: float, norm: float, dt: float) -> None:
-    """Write the train record and the line of a step; dt is the mean time of the steps since the last one, in seconds."""
-    config, step, device, (_, peak_flops) = run.config, state.step, run.world.device, hardware(run.world.device)
+def log_step(run: Run, state: State, loss: float, norm: float) -> None:
+    """Write the train record and the log line of a step; its time is the mean since the last record."""
+    config, step, (_, peak_flops) = run.config, state.step, hardware(run.world.device)
     mean_loss = sum(state.losses) / len(state.losses) if state.losses else None
-    state.losses = []
+    dt = sum(state.times) / len(state.times)
+    state.losses, state.times = [], []
     lr, tokens_per_sec = learning_rate(step, config, run.max_steps), config.total_batch_size / dt
-    # Model FLOPs utilization: the model's arithmetic per second, as a share of what the GPUs could do.
+    # Model FLOPs utilization: the model's arithmetic as a share of what the GPUs could do in that time.
     flops = run.model.flops_per_token(config.seq_len) * tokens_per_sec / run.world.size
     mfu = flops / peak_flops if peak_flops else None
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     run.log.write(
         "train", step=step, loss=loss, mean_loss=mean_loss, lr=lr, grad_norm=norm, dt=dt, seconds=state.seconds,
         tokens=step * config.total_batch_size, epoch=step * run.rows / len(run.train_data),
-        tokens_per_sec=tokens_per_sec, mfu=mfu, peak_memory_gb=memory,
+        tokens_per_sec=tokens_per_sec, mfu=mfu, peak_memory_gb=peak_memory(run.world.device),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     speed = f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "")
@@ -715,37 +694,36 @@ def log_step(run: Run, state: State, loss: float, norm: float, dt: float) -> Non
     run.log.say(line)
 
 
-def give_up(run: Run, state: State, loss: float, norm: float) -> int:
-    """End a run that has diverged: say what was not finite, and how to go on. Returns the exit status, 3."""
-    log, paths = run.log, checkpoint.find(run.config.out_dir)
-    what = f"the loss ({loss})" if not math.isfinite(loss) else f"the gradient's norm ({norm})"
-    lower = f"--resume=True --learning_rate={run.config.learning_rate / 2:g}, or lower"
-    log.write("event", event="gave up", step=state.step, loss=loss, grad_norm=norm)
-    log.say(f"gave up at step {state.step}: {what} was not finite, {state.skipped} steps in a row")
-    where = f"the last good checkpoint is {paths[0].name}; go on from it" if paths else "no checkpoint yet; start again"
-    log.say(f"{where} with {lower}")
-    if run.world.is_main:
-        write_report(run)
-    return 3
-
-
 def conclude(run: Run, state: State, val_loss: float | None, stopped: bool) -> int:
-    """Record the end of a run that is saved, write its report, and say what comes next. Returns the exit status, 0."""
+    """Record the end of a run that is saved, write its report and say what comes next. Returns the exit status, 0."""
     log, out_dir = run.log, run.config.out_dir
     if stopped:  # whoever stops a run cannot wait for a report
         log.write("event", event="stopped", step=state.step, signal=run.stop.reason)
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
         return 0
-    lowest = state.lowest if state.lowest["val_loss"] < math.inf else None
+    lowest = state.lowest if math.isfinite(state.lowest["val_loss"]) else None
     about = dict(ended_by=state.ended_by, val_loss=val_loss, lowest_val_loss=lowest, seconds=state.seconds)
     log.write("event", event="done", step=state.step, **about)
     if run.world.is_main:
         write_report(run)
     if state.best["step"] not in (None, state.step):
-        lowest = f"{state.best['val_loss']:.4f} at step {state.best['step']}"
-        log.say(f"lowest val loss of its checkpoints: {lowest}; --best=True takes that one, not the last")
+        best = f"val loss {state.best['val_loss']:.4f} at step {state.best['step']}"
+        log.say(f"its best checkpoint has {best}; --best=True takes that one, not the last")
     log.say(f"done; next: python sample.py {shlex.quote(out_dir)}")
     return 0
+
+
+def give_up(run: Run, state: State, loss: float, norm: float) -> int:
+    """End a run that has diverged: say what was not finite, and how to save the run. Returns the exit status, 3."""
+    log, lower = run.log, f"--resume=True and a --learning_rate below {run.config.learning_rate:g}"
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    log.write("event", event="gave up", step=state.step, loss=loss, grad_norm=norm)
+    log.say(f"gave up at step {state.step}: {what}, the last of {state.skipped} skipped steps in a row")
+    last = "there is no checkpoint yet" if state.saved_step is None else f"step {state.saved_step} is saved"
+    log.say(f"{last}; go on from there with {lower}")
+    if run.world.is_main:
+        write_report(run)
+    return 3
 
 
 def write_report(run: Run) -> None:
@@ -758,12 +736,6 @@ def write_report(run: Run) -> None:
     except Exception as error:  # a full disk, a missing package, fonts: of many types
         reason = " ".join(str(error).split()) or type(error).__name__
         run.log.say(f"no report: {reason}; try python report.py {shlex.quote(out_dir)}")
-
-
-def report_is_written(run: Run) -> bool:
-    """Whether report.md is there, and not from an earlier end of this run."""
-    path = run.log.path.with_name("report.md")
-    return path.exists() and path.stat().st_mtime >= run.log.path.stat().st_mtime
 
 
 if __name__ == "__main__":
