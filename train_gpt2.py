@@ -186,8 +186,8 @@ def main() -> int:
     # Build the model, open the log and train. What was recorded behind the checkpoint goes: these steps are
     # taken again. So do samples and evaluations of the checkpoint's own step, which come first again.
     build(run, state)
-    intervals = {"val": run.config.val_interval, "hellaswag": run.config.hellaswag_interval, "sample": 1}
-    again = {kind for kind, interval in intervals.items() if due(state.step, interval, finished(run, state))}
+    end, options = finished(run, state), asdict(run.config)
+    again = {kind for kind in ("val", "hellaswag", "sample") if due(state.step, options[f"{kind}_interval"], end)}
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
     announce(run, state)
     gc.enable()
