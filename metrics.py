@@ -155,8 +155,9 @@ class WandB:
             self.run = init(**about, settings=Settings(console="off"))
             self.run.define_metric("*", step_metric="step")
         elif record["kind"] in ("train", "val", "hellaswag"):
-            numbers = {f"{record['kind']}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
-            self.run.log({"step": record["step"], **numbers})
+            kind, step = record.pop("kind"), record.pop("step")
+            numbers = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
+            self.run.log({"step": step, **numbers})
 
     def close(self) -> None:
         self.run.finish()
@@ -167,12 +168,12 @@ def to_line(record: dict) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All records of a metrics.jsonl. A torn line, as a kill may leave one, is skipped."""
+    """All records of a metrics.jsonl. What is none is skipped: a kill may leave half a line."""
     records = []
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            if isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int:
                 records.append(record)
     return records
 
