@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import shlex
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -37,17 +38,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, check_data, data_tokenizer, fingerprints, read_meta, train_batches, val_batches
-from distributed import (
-    StopRequest,
-    World,
-    autocast,
-    full,
-    hardware,
-    machine,
-    make_deterministic,
-    peak_memory,
-    pick_dtype,
-)
+from distributed import StopRequest, World, full, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, clock, word_loss
 from model import GPT, GPTConfig
 from optim import Average, OptimConfig, learning_rate, make_optimizers
@@ -98,7 +89,8 @@ class TrainConfig(OptimConfig):
         super().__post_init__()
         at_least(self, 1, "batch_size", "total_batch_size", "log_interval", "seq_len", "max_steps", "patience")
         at_least(self, 0, "seed", "val_interval", "val_tokens", "hellaswag_interval", "sample_interval")
-        at_least(self, 0, "checkpoint_interval", "keep_checkpoints", "epochs", "max_hours")
+        at_least(self, 0, "checkpoint_interval", "keep_checkpoints")
+        at_least(self, 1e-12, "epochs", "max_hours")
         if not (self.out_dir and self.data_dir):
             raise ValueError("out_dir or data_dir is empty")
         if self.parallel == "fsdp" and self.optimizer == "adafactor":
@@ -183,11 +175,10 @@ def main() -> int:
         world.close()
         return 0
 
-    # Build the model, open the log and train. What was recorded behind the checkpoint goes: these steps are
-    # taken again. So do samples and evaluations of the checkpoint's own step, which come first again.
+    # Build the model, open the log and train. Records from behind the checkpoint go, as these steps are
+    # taken again; and so do evaluations at the checkpoint's own step, which are made again, too.
     build(run, state)
-    end, options = finished(run, state), asdict(run.config)
-    again = {kind for kind in ("val", "hellaswag", "sample") if due(state.step, options[f"{kind}_interval"], end)}
+    again = evaluations_due(run, state)
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
     announce(run, state)
     gc.enable()
@@ -310,7 +301,7 @@ def build(run: Run, state: State) -> None:
     if config.parallel == "fsdp":
         world.shard(model, model.h, dtype)
     model.to(world.device)
-    run.autocast = autocast(dtype, world.device)
+    run.autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     run.optimizers = make_optimizers(model, config, world.spread)
     run.average = Average(model, config.average, saved.get("model")) if config.average else None
     run.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -322,6 +313,8 @@ def build(run: Run, state: State) -> None:
     # not fit into memory fails here. DDP and FSDP also settle in it who sums what in which order, without
     # which a resumed run on three processes would differ from one that never stopped.
     compiled = world.device.type == "cuda" if config.compile is None else config.compile
+    if compiled and not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
+        raise UserError("torch.compile needs a C++ compiler; install g++, or use --compile=False")
     if compiled and world.sharded:  # blocks are gathered between compiled parts
         for block in model.h:
             block.compile()
@@ -472,20 +465,17 @@ def due(step: int, interval: int, at_end: bool = False) -> bool:
 def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
     """Measure the validation loss, score HellaSwag and write a sample, whichever is due. Returns the validation loss,
     if it was measured, and whether a request to stop interrupted it all."""
-    config, log, end = run.config, run.log, finished(run, state)
-    intervals = config.val_interval, config.hellaswag_interval, config.sample_interval
-    val_due, hellaswag_due, sample_due = (due(state.step, interval, end) for interval in intervals)
-    if not (val_due or hellaswag_due or sample_due):
+    config, log, kinds = run.config, run.log, evaluations_due(run, state)
+    if not kinds:
         return None, False
-
     val_loss = None
     with averaged_weights(run):
-        if val_due:
+        if "val" in kinds:
             val_loss = evaluate(run)
             if val_loss is None:
                 return None, True
             record_val_loss(run, state, val_loss)
-        if run.examples and hellaswag_due:
+        if "hellaswag" in kinds and run.examples:
             import hellaswag
 
             max_tokens = config.batch_size * config.seq_len
@@ -495,7 +485,7 @@ def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
                 return None, True
             log.write("hellaswag", step=state.step, acc=score[0], acc_norm=score[1], n=score[2])
             log.say(f"{here(run, state)} | HellaSwag acc {score[0]:.4f}, acc_norm {score[1]:.4f}, of {score[2]:,}")
-        if sample_due:
+        if "sample" in kinds:
             text, problem = sample(run)
             if run.world.any(run.stop):
                 return None, True
@@ -506,6 +496,13 @@ def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
                 log.write("sample", step=state.step, text=text)
                 log.say(f"--- sample\n{text}\n---")
     return val_loss, False
+
+
+def evaluations_due(run: Run, state: State) -> set[str]:
+    """Which evaluations this step has: "val", "hellaswag", "sample"."""
+    config, end = run.config, finished(run, state)
+    intervals = dict(val=config.val_interval, hellaswag=config.hellaswag_interval, sample=config.sample_interval)
+    return {kind for kind, interval in intervals.items() if due(state.step, interval, end)}
 
 
 @contextlib.contextmanager
@@ -659,7 +656,7 @@ def announce(run: Run, state: State) -> None:
     if run.no_hellaswag:
         log.write("event", event="no hellaswag", step=state.step, problem=run.no_hellaswag)
         log.say(run.no_hellaswag)
-    if due(state.step, config.val_interval, finished(run, state)):
+    if "val" in evaluations_due(run, state):
         log.say(f"first an evaluation, on {plural(val_windows(run), 'window')}")
 
 
