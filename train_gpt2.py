@@ -132,7 +132,6 @@ class Run:
     scaler: torch.amp.GradScaler = None
     autocast: contextlib.AbstractContextManager = None
     examples: list = ()  # of HellaSwag
-    no_hellaswag: str | None = None  # why there are none
     stop: StopRequest = None  # true once this process is asked to end
     launched: float = 0.0  # by time.perf_counter; a resumed run's earlier launches moved it back
 
@@ -181,6 +180,8 @@ def main() -> int:
     again = evaluations_due(run, state)
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
     announce(run, state)
+    if run.config.hellaswag_interval:
+        load_hellaswag(run, state)
     gc.enable()
     status = train(run, state)
     log.close()
@@ -188,8 +189,7 @@ def main() -> int:
     return status
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
+# ---- Before the first step
 
 
 def look(
@@ -281,8 +281,6 @@ def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenize
 def build(run: Run, state: State) -> None:
     """Fill in the run's model and optimizers: new or from the checkpoint, compiled, and wrapped for its processes."""
     config, world, saved = run.config, run.world, run.saved
-    if config.hellaswag_interval:
-        load_hellaswag(run)
 
     # Every process draws the same initial weights, or copies the same ones from the checkpoint. Where a
     # run averages its weights, "model" is the average, and the weights that train on lie beside it.
@@ -327,8 +325,8 @@ def build(run: Run, state: State) -> None:
     run.stop, run.launched = StopRequest(), time.perf_counter() - state.seconds
 
 
-def load_hellaswag(run: Run) -> None:
-    """Fill in the run's HellaSwag examples, or why there are none: a machine without a network trains all the same."""
+def load_hellaswag(run: Run, state: State) -> None:
+    """Fill in the run's HellaSwag examples. A machine without a network trains all the same, and says so."""
     import hellaswag  # with tokenizers, which take a while to import
     from tokenizer import get_tokenizer
 
@@ -336,11 +334,11 @@ def load_hellaswag(run: Run) -> None:
         enc, block_size = get_tokenizer(run.tokenizer), run.gpt_config.block_size
         run.examples = run.world.on_main(lambda: hellaswag.load(None, enc, block_size))
     except UserError as error:  # the same on all processes
-        run.no_hellaswag = f"no HellaSwag in this run: {error}"
+        run.log.write("event", event="no hellaswag", step=state.step, problem=str(error))
+        run.log.say(f"no HellaSwag in this run: {error}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The steps
+# ---- The steps
 
 
 def train(run: Run, state: State) -> int:
@@ -458,8 +456,7 @@ def due(step: int, interval: int, at_end: bool = False) -> bool:
     return interval > 0 and (step % interval == 0 or at_end)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Between two steps
+# ---- Between two steps
 
 
 def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
@@ -524,10 +521,10 @@ def evaluate(run: Run) -> float | None:
     config, world, model = run.config, run.world, run.model
     batches = val_batches(run.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device)
     rounds = math.ceil(val_windows(run) / (config.batch_size * world.size))
-    off = None if world.is_main else True  # None: only where stderr is no terminal
+    hidden = None if world.is_main else True  # None: where stderr is no terminal
     model.eval()
     losses, counts, stopped = [], [], False
-    for x, y in tqdm(batches, "evaluating", rounds, unit="batch", delay=3, leave=False, disable=off):
+    for x, y in tqdm(batches, "evaluating", rounds, unit="batch", delay=3, leave=False, disable=hidden):
         # All processes take the same number of batches, and stop at the same one.
         if stopped := world.any(run.stop):
             break
@@ -610,8 +607,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
     }  # fmt: skip
 
     def write() -> str | None:
-        log.check_folder()
         try:
+            log.check_folder()
             log.sync()  # the records that led to a checkpoint are on disk before it
             keep = 0 if state.skipped else config.keep_checkpoints  # weights that may be useless push out no good ones
             log.say(f"saved {checkpoint.save(contents, config.out_dir, keep, state.best['step'])}")
@@ -628,8 +625,7 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
         log.say(f"NOT SAVED at step {state.step}: {problem}; older checkpoints are untouched, and the run goes on")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run says of itself
+# ---- What a run says of itself
 
 
 def announce(run: Run, state: State) -> None:
@@ -653,9 +649,6 @@ def announce(run: Run, state: State) -> None:
         log.say(f"changed: {name} = {after}, was {before}")
     if (config.warmup_steps or 0) > max(1, run.max_steps):
         log.say(f"warmup_steps = {config.warmup_steps} outlasts this run of {plural(run.max_steps, 'step')}")
-    if run.no_hellaswag:
-        log.write("event", event="no hellaswag", step=state.step, problem=run.no_hellaswag)
-        log.say(run.no_hellaswag)
     if "val" in evaluations_due(run, state):
         log.say(f"first an evaluation, on {plural(val_windows(run), 'window')}")
 
