@@ -175,9 +175,9 @@ def main() -> int:
         return 0
 
     # Build the model, open the log and train. Records from behind the checkpoint go, as these steps are
-    # taken again; and so do evaluations at the checkpoint's own step, which are made again, too.
+    # taken again. So do those of the checkpoint's own step that are made again, and its samples.
     build(run, state)
-    again = evaluations_due(run, state)
+    again = evaluations_due(run, state) | {"sample"}
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
     announce(run, state)
     if run.config.hellaswag_interval:

@@ -147,20 +147,6 @@ def test_falls_back_to_the_newest_whole_one(tmp_path, capsys):
         checkpoint.newest_whole(tmp_path)
 
 
-def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch):
-    path = save(tmp_path, 1)
-    text = "unable to mmap 11431 bytes from file <x>: Cannot allocate memory (12)"
-    monkeypatch.setattr(checkpoint, "load", lambda path: (_ for _ in ()).throw(RuntimeError(text)))
-    with pytest.raises(UserError, match=f"{path} cannot be read: unable to mmap"):
-        checkpoint.fault(path)
-
-
-@pytest.mark.parametrize("missing", ["model", "step", "gpt_config", "tokenizer"])
-def test_a_part_that_is_missing(tmp_path, missing):
-    torch.save({name: value for name, value in state(1).items() if name != missing}, tmp_path / "any_name.pt")
-    assert checkpoint.fault(tmp_path / "any_name.pt") == "is not a checkpoint of a run"
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -230,12 +216,3 @@ def test_a_moment_of_another_shape_is_refused_by_name(kind):
         odd["optimizer"]["h.0.attn.c_q.weight"][name] = torch.zeros(3)
         with pytest.raises(UserError, match=f"{name} of h.0.attn.c_q.weight has shape"):
             checkpoint.restore(odd, model, optimizers, SCALER)
-
-
-def test_no_state_yet():
-    """All steps so far were skipped."""
-    model = GPT(TINY)
-    optimizers = make_optimizers(model, OptimConfig(optimizer="muon"))
-    assert checkpoint.optimizer_state(model, optimizers) == {}
-    checkpoint.restore(state(1, optimizer={}, scaler={}), model, optimizers, SCALER)
-    step(model, optimizers)

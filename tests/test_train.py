@@ -1,29 +1,23 @@
 """The training script, end to end."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import conftest
 import pytest
 import requests
 import torch
-from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
+from conftest import MODEL, ROOT, TRAIN, call, metrics, run
 
 import hellaswag
 import report
 import train_gpt2
 from dataloader import Windows, step_windows
-from distributed import World
 from model import GPT, GPTConfig
-from train_gpt2 import TrainConfig, evaluate
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+from train_gpt2 import TrainConfig
 
 
 def train(data_dir, out_dir, *args, **kwargs):
@@ -47,8 +41,7 @@ def straight(data_dir, tmp_path_factory):
     return out, done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run computes
+# ---- What a run computes
 
 
 def test_the_loop_against_one_written_by_hand(data_dir, straight):
@@ -94,8 +87,7 @@ def test_what_a_run_leaves(data_dir, straight):
     assert all(r["mfu"] is None for r in metrics(out, "train"))  # no guess for an unknown card
     times = [record["time"] for record in metrics(out, "train")]
     assert times == sorted(times)
-    assert times[0][:4] >= header["time"][:4]
-    assert times[0].endswith("+00:00")
+    assert header["time"][:19] <= times[0].removesuffix("+00:00") < "3"
     state = torch.load(out / "ckpt_000020.pt", weights_only=True)
     assert {"model", "step", "gpt_config", "config", "tokenizer", "optimizer", "scaler", "best"} <= set(state)
     assert (state["step"], state["tokenizer"]) == (20, "bytes")
@@ -116,13 +108,6 @@ def test_same_losses_on_any_number_of_processes(data_dir, straight, tmp_path, pr
         # At step 0 the weights are the same to the bit, so only the order of the sums differs.
         assert have["val_loss"] == pytest.approx(want["val_loss"], abs=1e-4 if have["step"] else 1e-6)
     assert len(metrics(tmp_path / "run", "run")) == 1  # rank 0 alone writes
-
-
-def test_options_that_save_memory_give_the_same_losses(data_dir, straight, tmp_path):
-    options = "--activation_checkpointing=True", "--chunked_loss=True"
-    done = train(data_dir, tmp_path / "run", "--max_steps=20", *options)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-4)
 
 
 SHARED = [
@@ -187,30 +172,6 @@ def test_resume_on_three_processes_equals_a_straight_run(data_dir, tmp_path):
     assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_follows_float32(data_dir, straight, tmp_path, dtype):
-    done = train(data_dir, tmp_path / "run", "--max_steps=20", f"--dtype={dtype}")
-    assert done.returncode == 0, done.stderr
-    ours = losses(tmp_path / "run")
-    if dtype == "bfloat16":
-        assert ours == pytest.approx(losses(straight[0]), abs=0.05)
-        assert ours != losses(straight[0])
-    else:  # the scaler may skip its first steps while it finds its scale
-        assert ours[20] == pytest.approx(losses(straight[0])[20], abs=0.2)
-        assert torch.load(tmp_path / "run" / "ckpt_000020.pt", weights_only=True)["scaler"]["scale"] > 0
-
-
-def test_dropout_differs_from_step_to_step(tmp_path):
-    """The same single window and a learning rate of 0: only what is dropped can change the loss."""
-    write_shard(tmp_path / "x_train_000001.bin", range(33))
-    flags = ["--batch_size=1", "--total_batch_size=32", "--val_interval=0", "--max_steps=4", "--vocab_size=64"]
-    flags += ["--learning_rate=0", "--min_lr=0"]
-    for dropout, different in ((0.0, 1), (0.5, 4)):
-        out = tmp_path / str(dropout)
-        assert train(tmp_path, out, *flags, f"--dropout={dropout}").returncode == 0
-        assert len(set(losses(out).values())) == different
-
-
 def test_the_average_is_what_is_measured_and_saved(data_dir, tmp_path):
     """And the weights that are trained are those of a run without it."""
     flags = ["--max_steps=20", "--checkpoint_interval=20", "--learning_rate=0.02", "--schedule=constant"]
@@ -224,26 +185,9 @@ def test_the_average_is_what_is_measured_and_saved(data_dir, tmp_path):
         assert not torch.equal(a["model"][name], weight), name
     val = metrics(tmp_path / "with", "val")[-1]["val_loss"]
     assert val < metrics(tmp_path / "without", "val")[-1]["val_loss"]  # at a learning rate this high
-    done = call("evaluate.py", tmp_path / "with", "--tokens=1984")
-    assert json.loads(done.stdout.splitlines()[-1])["loss"] == pytest.approx(val, rel=1e-5)
 
 
-def test_a_ragged_last_batch_has_the_shape_of_the_others(data_dir):
-    """Another shape would be compiled anew, or computed without a compiler, which takes more memory."""
-    windows = Windows(str(data_dir), "val", 32)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
-    want, shapes, forward = model(*windows.read(range(10))).item(), set(), model.forward
-    model.forward = lambda x, y: shapes.add((x.shape, y.shape)) or forward(x, y)
-    config = SimpleNamespace(batch_size=4, seq_len=32, val_tokens=10 * 32)
-    parts = dict(model=model, world=World("cpu"), autocast=contextlib.nullcontext(), stop=False)
-    loss = evaluate(SimpleNamespace(config=config, val_data=windows, **parts))
-    assert shapes == {((4, 32), (4, 32))}
-    assert loss == pytest.approx(want, abs=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How long it is, and what happens between its steps
+# ---- How long it is, and what happens between its steps
 
 
 def test_max_hours_ends_a_run_in_order(data_dir, tmp_path):
@@ -334,17 +278,6 @@ def test_epochs_a_step_of_one_micro_batch_and_a_long_warmup(data_dir, tmp_path):
     assert (again.returncode, "is done" in again.stdout) == (0, True)
 
 
-def test_word_loss_of_the_whole_split(data_dir, tmp_path):
-    done = train(data_dir, tmp_path / "run", "--max_steps=1", "--val_tokens=1e6")
-    [_, val] = metrics(tmp_path / "run", "val")
-    meta = json.loads((data_dir / "meta.json").read_text())
-    assert val["word_loss"] == pytest.approx(val["val_loss"] * (meta["val_tokens"] - 1) / (meta["val_words"] - 1))
-    assert f"word loss {val['word_loss']:.4f}" in done.stdout
-    done = train(data_dir, tmp_path / "part", "--max_steps=1", "--val_tokens=640")
-    assert metrics(tmp_path / "part", "val")[-1]["word_loss"] is None
-    assert "word loss" not in done.stdout
-
-
 @pytest.fixture
 def few_examples(tmp_path, monkeypatch):
     """In place of HellaSwag's validation set, which would have to be downloaded."""
@@ -406,8 +339,7 @@ def test_a_long_evaluation_has_a_progress_bar(data_dir, tmp_path, monkeypatch):
     assert (rounds, how["disable"], how["leave"]) == (math.ceil((2000 // 32) / 2), None, False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it starts from
+# ---- What it starts from
 
 
 def test_init_from_another_run_and_resume_as_that_model(data_dir, straight, tmp_path):
@@ -429,17 +361,6 @@ def test_init_from_another_run_and_resume_as_that_model(data_dir, straight, tmp_
     assert not (tmp_path / "c").exists()
 
 
-def test_shards_without_meta(data_dir, tmp_path):
-    shards = tmp_path / "shards"
-    shutil.copytree(data_dir, shards)
-    (shards / "meta.json").unlink()
-    done = train(shards, tmp_path / "run", "--max_steps=1", "--vocab_size=320")
-    assert done.returncode == 0, done.stderr
-    assert torch.load(tmp_path / "run" / "ckpt_000001.pt", weights_only=True)["tokenizer"] is None
-    done = train(shards, tmp_path / "other", "--max_steps=1", "--vocab_size=320", "--sample_interval=1")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -453,15 +374,11 @@ def test_shards_without_meta(data_dir, tmp_path):
         (["--device=cuda:99"], "cuda"),
         (["--epochs=0.0001"], "less than one step"),
         (["--max_steps=0"], "max_steps"),
-        (["--min_lr=1"], "min_lr"),
-        (["--seed=-1"], "seed"),
         (["--out_dir="], "out_dir"),
         (["--patience=1", "--val_interval=0"], "patience"),
         (["--parallel=fsdp", "--optimizer=adafactor"], "adafactor"),
-        (["--n_head=5"], "n_head"),
         (["--log_to=tensorboard"], "wandb"),
-        (["config/gpt2_124n.py"], "gpt2_124m.py"),
-        (["--learning_rat=1"], "learning_rate"),
+        (["--max_hours=0"], "max_hours"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(data_dir, tmp_path, monkeypatch, flags, said):
@@ -477,7 +394,7 @@ def test_a_run_has_at_most_70_options():
     assert len(dataclasses.fields(TrainConfig)) + len(dataclasses.fields(GPTConfig)) <= 70
 
 
-@needs_compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_with_evaluations_equals_eager(data_dir, few_examples, tmp_path):
     flags = ["--max_steps=6", "--n_layer=1", "--batch_size=8"]
     often = ["--hellaswag_interval=3", "--sample_interval=2"]
@@ -485,29 +402,12 @@ def test_compiled_run_with_evaluations_equals_eager(data_dir, few_examples, tmp_
     torch._dynamo.utils.counters.clear()
     done = train(data_dir, tmp_path / "run", *flags, *often, "--compile=True")
     assert done.returncode == 0, done.stderr
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training and validation, each once
-    eager = train(data_dir, tmp_path / "eager", *flags)
-    assert eager.returncode == 0
+    # Training and validation are compiled once each: an example, or a last batch, of another shape would be once more.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert train(data_dir, tmp_path / "eager", *flags).returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
     saved = torch.load(tmp_path / "run/ckpt_000006.pt", weights_only=True)["model"]
     assert not any("_orig_mod" in name for name in saved)
-
-
-def test_what_is_compiled_and_with_which_example(data_dir, tmp_path, monkeypatch):
-    """By itself on NVIDIA GPUs only. An example is two tensors, as every batch: one tensor twice would be compiled for
-    that, and then once more."""
-    compiled, examples = [], []
-    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(True))
-    monkeypatch.setattr(World, "wrap", lambda self, model, *example, **how: examples.append((example, how)) or model)
-    for name, flags in (("a", []), ("b", ["--compile=True"])):
-        without = [flag for flag in TRAIN if "compile" not in flag]
-        args = [*without, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", "--max_steps=1", *flags]
-        assert call("train_gpt2.py", *args).returncode == 0
-    assert (len(compiled), [how["warm_up"] for _, how in examples]) == (1, [False, True])
-    x, y = examples[0][0]
-    assert x.shape == y.shape == (2, 32)
-    assert x.data_ptr() != y.data_ptr()
-    assert x.stride() == y.stride() == (32, 1)
 
 
 CUDA_IS_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.09"
@@ -531,25 +431,7 @@ def test_out_of_memory_is_one_line_and_the_run_goes_on(data_dir, tmp_path, monke
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
-def rank_1_is_full():
-    forward = GPT.forward
-
-    def full(self, *args):
-        if os.environ["RANK"] == "1":
-            raise torch.OutOfMemoryError(CUDA_IS_FULL)
-        return forward(self, *args)
-
-    GPT.forward = full
-
-
-def test_one_process_out_of_memory_is_seen_before_the_run_begins(data_dir, tmp_path):
-    done = train(data_dir, tmp_path / "run", "--max_steps=2", processes=2, setup=rank_1_is_full)
-    assert (done.returncode, "error: out of memory (2.00 GiB more" in done.stderr) == (2, True)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As a user runs it
+# ---- As a user runs it
 
 
 def test_as_a_user_runs_it(data_dir, tmp_path):
