@@ -38,9 +38,9 @@ LESS_MEMORY = "use a smaller --batch_size, or in training --activation_checkpoin
 
 
 class UserError(Exception):
-    """A mistake of the user, in one line: what is wrong, where, and what to do. `cli` exits with status 2.
+    """The user's mistake, in one line: what is wrong, where, and what to do. The exit status is 2.
 
-    `alone`: only this process raises it. By default all processes raise the same, and one of them prints it.
+    `alone`: only this process raises it. By default all raise the same, and one of them prints it.
     """
 
     def __init__(self, message: str, alone: bool = False):
@@ -49,10 +49,10 @@ class UserError(Exception):
 
 
 def configure(*classes: type, argv: list[str] | None = None, positional: str | None = None) -> tuple:
-    """Fill dataclasses, whose options share one namespace, from the command line (default: sys.argv).
+    """Fill dataclasses, whose options share one namespace, from the command line. Raises UserError.
 
-    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}); the last says where each option was
-    set. An argument that is neither a flag nor a .py file sets the option `positional`. Raises UserError.
+    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}); the last says
+    where each option was set. What is neither a flag nor a .py file sets the option `positional`.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -73,7 +73,7 @@ def configure(*classes: type, argv: list[str] | None = None, positional: str | N
         for name, value, where in settings:
             values[name], given[name] = check(name, value, hints, where), where
 
-    # Build the dataclasses. A rule across options (ValueError in __post_init__) names the places that it is about.
+    # Build the dataclasses. A rule across options that is broken says where they were set.
     instances = []
     for cls in classes:
         own = {name: values[name] for name in hints_of(cls) if name in values}
@@ -90,7 +90,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
-    """Run a config file -> [(name, value, 'file:line')] of its public names and of the options it imports."""
+    """Run a config file -> [(name, value, 'file:line')] of the options that it sets."""
     if not path.endswith(".py"):
         raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
     if not os.path.isfile(path):
@@ -106,12 +106,12 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
 
-    # Names that the file assigns, with the line of the last assignment; names starting with _ are helpers.
+    # The names that it assigns, with the line of the last assignment; those with _ are helpers.
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: f"{path}:{node.lineno}" for node in sorted(names, key=lambda node: node.lineno)}
     public = [name for name in namespace if name in known or (name in lines and not name.startswith("_"))]
     for name in set(public) - set(known):
-        # A config's head comment shows its command, "python fineweb.py config/data/imdb.py": is that of another script?
+        # A config's head comment shows its command, say "python fineweb.py config/data/imdb.py".
         command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
         if command and command[1] != os.path.basename(sys.argv[0]):
             raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
@@ -121,7 +121,7 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
 
 
 def read_flag(flag: str, hints: dict[str, Any]) -> tuple[str, Any, str]:
-    """'--lr=1e-3' -> ('lr', 0.001, '--lr'): a Python literal, true, false or none in any case, or else the text."""
+    """'--lr=1e-3' -> ('lr', 0.001, '--lr'). Values are Python literals, or else texts."""
     name, equals, text = flag.removeprefix("--").partition("=")
     if not (flag.startswith("--") and equals):
         raise UserError(f"{flag}: options look like --name=value{nearest(name.strip('-'), hints)}")
@@ -129,14 +129,14 @@ def read_flag(flag: str, hints: dict[str, Any]) -> tuple[str, Any, str]:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except Exception:  # not a literal: a text; literal_eval raises many kinds of errors
         value = text
-    # Where the option is a string, the text counts as it is: a folder may be called 2024, and quotes are kept.
+    # For a string option the text counts as typed: a folder may be called 2024, and quotes stay.
     kinds = kinds_of(hints.get(name))
     as_typed = fits(text, kinds) and (isinstance(value, str) or not fits(value, kinds))
     return name, text if as_typed else value, f"--{name}"
 
 
 def check(name: str, value: Any, hints: dict[str, Any], where: str) -> Any:
-    """The value as its annotation wants it (1 -> 1.0 for a float, 1e4 -> 10000 for an int), or a UserError."""
+    """The value in its option's type: 1 -> 1.0 for a float, 1e4 -> 10000 for an int. UserError."""
     if name not in hints:
         raise UserError(f"{where}: unknown option {name!r}{nearest(name, hints)}")
     if (name, value) == ("init_from", "resume"):
@@ -155,7 +155,7 @@ def check(name: str, value: Any, hints: dict[str, Any], where: str) -> Any:
 
 
 def kinds_of(hint: Any) -> list:
-    """The types and the words that an option may have: Literal['a', 'b'] | None -> ['a', 'b', NoneType]."""
+    """The types and words of an option: Literal['a', 'b'] | None -> ['a', 'b', NoneType]."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [kind for part in typing.get_args(hint) for kind in kinds_of(part)]
     return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else [str if hint is PathStr else hint]
@@ -167,12 +167,12 @@ def fits(value: Any, kinds: list) -> bool:
 
 
 def at_least(instance: Any, least: float, *names: str) -> None:
-    """A rule for __post_init__: raises ValueError if one of these options is below `least`. None passes."""
+    """For __post_init__: raises ValueError if an option is below `least`. None passes."""
     within(instance, least, float("inf"), *names)
 
 
 def within(instance: Any, least: float, most: float, *names: str) -> None:
-    """A rule for __post_init__: raises ValueError if one of these options is not in least..most. None passes."""
+    """For __post_init__: raises ValueError if an option is not within least..most. None passes."""
     for name in names:
         value = getattr(instance, name)
         if value is not None and not least <= value <= most:
@@ -181,7 +181,7 @@ def within(instance: Any, least: float, most: float, *names: str) -> None:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """'; did you mean X?' with the closest known word, or with what replaces a name of nanoGPT; else ''."""
+    """'; did you mean X?' with the closest known word, or the answer to a name of nanoGPT; or ''."""
     answer = NANOGPT.get(word, "none")
     replacement = answer.split()[0]
     if replacement in known or replacement.endswith(".py"):
@@ -197,7 +197,7 @@ def help_text(classes: Collection[type], positional: str | None = None) -> str:
     lines += [f"usage: python {script} [config/file.py ...] [--name=value ...]"]
     for cls in [part for whole in classes for part in whole.__mro__[:-1]]:  # own options, then inherited ones
         hints, heading = hints_of(cls), cls.__name__
-        # A comment line in the class body starts a group. An option is "name: type = default  # comment".
+        # A comment on its own line starts a group; an option is "name: type = default  # comment".
         for line in inspect.getsource(cls).partition("def ")[0].splitlines():
             if group := re.fullmatch(r" +# (.*)", line):
                 heading = group[1]
@@ -215,7 +215,7 @@ def help_text(classes: Collection[type], positional: str | None = None) -> str:
 
 
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Run a script's `main` and exit with what it returns; a UserError becomes one line on stderr and status 2."""
+    """Run a script's `main` and exit with what it returns; a UserError is one line and status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts switch it off while they import
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, progress_bars=True)
     try:
@@ -241,7 +241,7 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
 
 
 def tell(text: str) -> None:
-    """Print why this process ends. torchrun's own report follows on stderr; it ends with what its error file holds."""
+    """Print why this process ends. torchrun's long report follows, and ends with its error file."""
     print(text, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -250,19 +250,19 @@ def tell(text: str) -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or something that sets the same variables, started this process as one of a group."""
+    """Whether torchrun, or something that sets the same variables, started this process."""
     return all(name in os.environ for name in TORCHRUN)
 
 
 def end_with_torchrun() -> None:
-    """Ask Linux for a SIGTERM when torchrun dies, however it dies. Call it before the slow imports."""
+    """Ask Linux for a SIGTERM when torchrun dies, even by SIGKILL. Call it before slow imports."""
     if under_torchrun() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 class Output:
-    """stdout or stderr, with two changes. Once it fails (a closed pipe, a full disk, a lost terminal), prints go
-    nowhere and the run goes on. And control characters do not reach a terminal: a model's text could steer it."""
+    """stdout or stderr, with two changes. A stream that fails (a closed pipe, a full disk, a lost
+    terminal) does not end the run. No control characters reach a terminal, which they steer."""
 
     def __init__(self, stream: IO | None, progress_bars: bool = False):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed before Python started)
@@ -287,12 +287,12 @@ class Output:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU. torch says so in many words, mostly in a plain RuntimeError."""
+    """Whether memory ran out, on a GPU or a CPU. torch has many words for it, in RuntimeErrors."""
     return isinstance(error, MemoryError) or bool(re.search(MEMORY_ERRORS, str(error)))
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """'out of memory (2.00 GiB more were wanted)' if that is why Python or torch raised this error; else None."""
+    """'out of memory (2.00 GiB more were wanted)' if that is what the error is about, else None."""
     wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
     more = f" ({wanted[1]} more were wanted)" if wanted else ""
     return f"out of memory{more}" if is_out_of_memory(error) else None

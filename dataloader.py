@@ -1,12 +1,13 @@
-"""Which tokens make up step s: the windows, and the batches of a run.
+"""Which tokens make up step s, and reading them.
 
 A window is seq_len inputs and their targets: window i of a shard reads seq_len + 1 tokens from i * seq_len. All windows
-of all shards are shuffled together once an epoch, and the windows of step s are a pure function of (seed, s): nothing
-has to be saved to resume, and the global batch is the same on any number of processes.
+of all shards are shuffled together once per epoch. The windows of step s depend on (seed, s) and nothing else: a
+checkpoint needs no position in the data, and the global batch is the same on any number of processes.
 """
 
-import json
+import itertools
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from files import HEADER_BYTES, find_shards, shard_tokens
+from files import HEADER_BYTES, find_shards, read_json, read_text, shard_tokens
 
-MAX_MAPS = 16_384  # shards of a split that stay mapped: Linux gives a process 65,530 maps, and others need some
+MAX_MAPS = 16_384  # shards of a split that stay mapped: Linux allows a process 65,530 maps, and torch needs some
 AGAIN = "prepare the data again with fineweb.py"
+Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,66 +32,76 @@ AGAIN = "prepare the data again with fineweb.py"
 
 
 def read_meta(data_dir: str) -> dict:
-    """data_dir/meta.json, which fineweb.py writes last; {} for shards made elsewhere. Raises UserError."""
+    """data_dir/meta.json, which fineweb.py writes last; {} for shards made elsewhere."""
+    try:
+        names = os.listdir(data_dir)
+    except OSError as error:
+        advice = "" if os.path.exists(data_dir) else f"; prepare it: {command_for(data_dir)}"
+        raise UserError(f"data_dir {data_dir}: {error.strerror}{advice}") from None
     path = Path(data_dir, "meta.json")
-    if not os.path.isdir(data_dir):
-        raise UserError(f"data_dir {data_dir}: no such folder; prepare it with fineweb.py (see config/data/)")
-    if not path.exists():
-        if Path(data_dir, "progress.json").exists() or list(Path(data_dir).glob("*of*")):
+    if path.name not in names:
+        if "progress.json" in names:
             raise UserError(f"{data_dir}: its preparation is not finished; run its fineweb.py command again")
         return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(meta["tokenizer"], str) and 1 <= meta["vocab_size"] <= 1 << 16):  # ids are uint16
-            raise ValueError("no tokenizer, or vocab_size not within 1 to 65,536")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}; {AGAIN}") from None
-    if meta.get("part"):
-        raise UserError(f"{data_dir} is part {meta['part']} of a preparation; join its parts with fineweb.py")
+    meta = read_json(path, AGAIN)
+    if not isinstance(meta, dict) or not {"tokenizer", "vocab_size"} <= meta.keys():
+        raise UserError(f"{path}: damaged, its tokenizer and vocab_size are missing; {AGAIN}")
     return meta
 
 
+def command_for(data_dir: str) -> str:
+    """The command that prepares this folder, if one of our data configs does."""
+    for path in sorted(Path(__file__).parent.glob("config/data/*.py")):
+        out_dir = re.search(r'^out_dir = "(.*)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        if out_dir and out_dir[1] == os.path.normpath(data_dir):
+            return f"python fineweb.py config/data/{path.name}"
+    return "python fineweb.py --files=YOUR_TEXTS --out_dir=DATA_DIR, or a config in config/data/"
+
+
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
-    """The data's tokenizer for get_tokenizer: a name, or the whole content of a tokenizer.json; None if unknown."""
+    """The data's tokenizer for get_tokenizer: a name or a tokenizer.json's content, None: unknown."""
     if not meta:
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
     if not name.endswith(".json"):
         return name
-    for path in (Path(data_dir, name), Path(name)):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise UserError(f"{data_dir}: its meta.json names the tokenizer {name}, which is not there")
+    if name != os.path.basename(name):  # on another machine, another folder's file may be gone or another tokenizer
+        raise UserError(f"{data_dir}/meta.json: the tokenizer {name} is outside of {data_dir}; copy it there")
+    return read_text(Path(data_dir, name), AGAIN)
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, uint16 (n,), mapped from disk. Raises UserError if the file is not a whole shard."""
-    size = HEADER_BYTES // 2 + shard_tokens(path)
-    # torch closes the file once it is mapped (np.memmap does not: thousands of shards would exhaust the open files).
+    """The tokens of a shard, uint16 (n,), mapped from disk. UserError if it is not whole."""
+    try:
+        size = HEADER_BYTES // 2 + shard_tokens(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    # torch closes the mapped file. np.memmap does not: thousands of shards would be too many files.
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
 
 def fingerprints(data_dir: str, meta: dict) -> dict[str, list]:
-    """What tells one preparation from another: {shard's name: [tokens, crc32 of a sample of them, its crc32 in
-    meta.json]}. The sample is 16 blocks of 2,048 tokens, spread evenly: a shard that was written anew has another."""
-    known = {name: crc for names in meta.get("shards", {}).values() for name, (_, crc) in names.items()}
+    """{shard's name: [tokens, crc32 of a sample of them, crc32 in meta.json]}, to know data again.
+
+    The sample is 16 blocks of 2,048 tokens, spread evenly: reading 20 GB at every start would take
+    too long. Names and times of the files do not count, so data may be copied, moved and touched.
+    """
+    known = {name: crc for shards in meta.get("shards", {}).values() for name, (_, crc) in shards.items()}
     found = {}
     for path in find_shards(data_dir, "train") + find_shards(data_dir, "val"):
-        tokens, crc = shard_tokens(path), 0
-        with open(path, "rb", buffering=0) as file:
-            for start in np.linspace(0, max(0, tokens - 2048), 16).astype(int).tolist():
-                file.seek(HEADER_BYTES + 2 * start)
-                crc = zlib.crc32(file.read(4096), crc)
-        found[path.name] = [tokens, crc, known.get(path.name)]
+        tokens, crc = open_shard(path), 0
+        for start in np.linspace(0, max(0, len(tokens) - 2048), 16).astype(int):
+            crc = zlib.crc32(tokens[start : start + 2048], crc)
+        found[path.name] = [len(tokens), crc, known.get(path.name)]
     return found
 
 
-def check_data(data_dir: str, was: dict[str, list], now: dict[str, list]) -> None:
-    """Raises UserError, naming the shard, where the data is not what it was."""
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            change = "new" if name not in was else "gone" if name not in now else "not the same"
-            raise UserError(f"{Path(data_dir, name)}: {change} since this run began; restore it, or start another run")
+def check_data(data_dir: str, saved: dict[str, list], now: dict[str, list]) -> None:
+    """Compare a checkpoint's fingerprints with today's. UserError names a shard that differs."""
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            change = "is new" if name not in saved else "is gone" if name not in now else "has other tokens"
+            raise UserError(f"{Path(data_dir, name)} {change} since this run began; restore it, or start a new run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,22 +109,29 @@ def check_data(data_dir: str, was: dict[str, list], now: dict[str, list]) -> Non
 
 
 class Windows:
-    """The windows of one split, numbered 0 to len - 1 through its shards in the order of their names.
+    """The windows of one split, numbered 0 to len - 1 through its shards, ordered by name.
 
-    Raises UserError if a shard is damaged or missing; reading a token of vocab_size or more raises one too.
+    Raises UserError if a shard is damaged or missing, or holds a token id of vocab_size or more.
     """
 
     def __init__(self, data_dir: str, split: str, seq_len: int, vocab_size: int = 1 << 16):
         self.paths = find_shards(data_dir, split)
         if not self.paths:
-            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py")
+            advice = "; to train without a validation set, --val_interval=0" if split == "val" else ""
+            raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py{advice}")
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.shard = lru_cache(MAX_MAPS)(open_shard)
         lengths = [len(self.shard(path)) for path in self.paths]
+
+        # A shard that was lost on the way would change the order of all windows, and nobody would
+        # notice.
         expected = read_meta(data_dir).get(f"{split}_tokens", sum(lengths))
         if sum(lengths) != expected:
             raise UserError(f"{data_dir}: {len(lengths)} {split} shards hold {sum(lengths)} {split} tokens, not the "
                             f"{expected} of its meta.json; restore what is missing, or {AGAIN}")  # fmt: skip
+
+        # ends[k] is the number of windows in shards 0 to k: a binary search in it finds the shard
+        # of a window.
         self.ends = np.cumsum([max(0, (length - 1) // seq_len) for length in lengths])
         if not len(self):
             raise UserError(f"{data_dir}: no {split} shard holds a window of {seq_len}; the largest has {max(lengths)}")
@@ -121,13 +140,16 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows, int64 (B, T) each. Two arrays, not views of one: copying strided rows to
-        a GPU would go through memory that is not pinned."""
+        """Inputs and targets of these windows, int64 (B, T) each.
+
+        Two arrays, not two views of one: copying strided rows to a GPU would go through memory that
+        is not pinned.
+        """
         T = self.seq_len
         x, y = np.empty((2, len(indices), T), dtype=np.int64)
         for row, index in enumerate(indices):
             shard = int(np.searchsorted(self.ends, index, side="right"))
-            first = int(self.ends[shard - 1]) if shard else 0
+            first = int(self.ends[shard - 1]) if shard else 0  # the shard's first window
             start = (int(index) - first) * T
             tokens = self.shard(self.paths[shard])[start : start + T + 1]
             x[row], y[row] = tokens[:-1], tokens[1:]
@@ -141,10 +163,12 @@ class Windows:
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed shuffle of range(size) puts each index: a bijection in O(1) memory, whatever the size.
+    """Where a keyed shuffle of range(size) puts each index: a bijection in O(1) memory, whatever
+    the size.
 
-    A Feistel network permutes the next power of four; results outside of range(size) are permuted again until they
-    fall inside (cycle walking: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network permutes the next power of four; results outside of range(size) are permuted
+    again until they fall inside (cycle walking: Black & Rogaway 2002, "Ciphers with Arbitrary
+    Finite Domains").
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -161,7 +185,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -169,7 +193,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def step_windows(step: int, rows: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows of step 1, 2, ... in row order, int64 (rows,). A batch may straddle two epochs, or more."""
+    """The windows of step 1, 2, ... in row order, int64 (rows,). A batch may straddle two epochs,
+    or more."""
     q = (step - 1) * rows + np.arange(rows)
     epochs, within = np.divmod(q, num_windows)
     windows = np.empty(rows, dtype=np.int64)
@@ -181,38 +206,51 @@ def step_windows(step: int, rows: int, num_windows: int, seed: int) -> np.ndarra
 
 def train_batches(
     windows: Windows, seed: int, rows: int, batch_size: int, rank: int, world_size: int, device: torch.device, step: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches (inputs, targets), (B, T) each on the device, from the given step on, without end.
+) -> Batches:
+    """This rank's micro-batches on the device, from the given step on, without end.
 
-    A background thread reads ahead, so that the accelerator never waits for the disk.
+    `rows` is the number of windows in a step, over all its micro-batches on all ranks.
     """
     micro_batches = rows // (batch_size * world_size)
-    on_gpu = device.type == "cuda"  # on MPS a copy that is not waited for may hold anything
 
-    def read(step: int) -> list[tuple[Tensor, Tensor]]:
-        mine = step_windows(step, rows, len(windows), seed).reshape(micro_batches, world_size, batch_size)[:, rank]
-        batches = [windows.read(indices) for indices in mine]
-        if on_gpu:  # pinned memory is copied to the GPU while it computes
-            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
-        return batches
+    def read() -> Batches:
+        for s in itertools.count(step):
+            # The windows of a step are dealt out in turn: micro-batch 0 of rank 0, of rank 1, ...,
+            # then micro-batch 1.
+            mine = step_windows(s, rows, len(windows), seed).reshape(micro_batches, world_size, batch_size)[:, rank]
+            for indices in mine:
+                yield windows.read(indices)
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead = deque(reader.submit(read, s) for s in (step, step + 1))
-        while True:
-            for x, y in ahead.popleft().result():
-                yield x.to(device, non_blocking=on_gpu), y.to(device, non_blocking=on_gpu)
-            step += 1
-            ahead.append(reader.submit(read, step + 1))
+    return prefetch(read(), device, ahead=2 * micro_batches)
 
 
 def val_batches(
     windows: Windows, val_tokens: int, batch_size: int, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the first val_tokens, in batches of at most batch_size windows: the same set of windows
-    whatever the batch size and the number of ranks. All ranks get the same number of batches; the last may be empty.
+) -> Batches:
+    """This rank's share of the first val_tokens, in batches of at most batch_size windows.
+
+    All ranks together read the same windows whatever batch_size and world_size. Every rank gets the
+    same number of batches; its last one may be smaller, or empty.
     """
     count = min(val_tokens // windows.seq_len, len(windows))
-    for first in range(0, count, world_size * batch_size):
-        start = first + rank * batch_size
-        x, y = windows.read(np.arange(start, min(start + batch_size, count)))
-        yield x.to(device), y.to(device)
+    starts = range(rank * batch_size, count + rank * batch_size, world_size * batch_size)
+    batches = (windows.read(np.arange(start, min(start + batch_size, count))) for start in starts)
+    return prefetch(batches, device, ahead=2)
+
+
+def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
+    """The same batches on the device. A thread reads this many ahead, so that a GPU never waits for
+    the disk."""
+    on_gpu = device.type == "cuda"  # on MPS a copy that is not waited for may hold anything
+
+    def read() -> tuple[Tensor, Tensor] | None:
+        x, y = next(batches, (None, None))
+        if x is None or not on_gpu:
+            return x, y
+        return x.pin_memory(), y.pin_memory()  # pinned memory is copied to the GPU while it computes
+
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(reader.submit(read) for _ in range(ahead))
+        while (batch := waiting.popleft().result())[0] is not None:
+            yield tuple(tensor.to(device, non_blocking=on_gpu) for tensor in batch)
+            waiting.append(reader.submit(read))
