@@ -6,6 +6,7 @@
 out_dir = "out/gpt2_large"
 data_dir = "data/smollm_fineweb_edu_dedup"
 
+parallel = "ddp_bf16"  # without NVLink, gradients in float32 take longer than a step computes
 activation_checkpointing = True
 chunked_loss = True
 

@@ -6,6 +6,8 @@
 out_dir = "out/gpt2_medium"
 data_dir = "data/smollm_fineweb_edu_dedup"
 
+parallel = "ddp_bf16"  # without NVLink, gradients in float32 take longer than a step computes
+
 batch_size = 4  # 11 GB (14: 20 GB, by arithmetic)
 total_batch_size = None  # one micro-batch on each card
 max_hours = 24.0
