@@ -1,7 +1,6 @@
 """Every config loads, says what it is in the same form, and sets what the report behind it says."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -121,16 +120,3 @@ def test_data(path):
     config, _ = configure(DataConfig, argv=[str(path)])
     want = DATA.get(path.stem, {})
     assert {option: getattr(config, option) for option in want} == want
-
-
-def test_arithmetic_of_the_half_hour():
-    """What config/tinystories.py says: FLOP a token, tokens, and minutes on three cards."""
-    config, gpt_config, _ = resolved("tinystories")
-    with torch.device("meta"):
-        flops = GPT(gpt_config).flops_per_token(gpt_config.block_size)
-    tokens = config.max_steps * config.total_batch_size
-    said = Path(ROOT, "config/tinystories.py").read_text().replace("\n#", "")
-    assert f"= {flops / 1e6:.0f} MFLOP, all {tokens / 1e6:.0f}M tokens {flops * tokens:.3g}".replace("e+", "e") in said
-    minutes = [flops * tokens / (0.35 * peak * 1e12) / 60 for peak in (165, 312, 989)]
-    cards = "165 TFLOP/s that is {:.0f} minutes, of an A100's 312 {:.0f}, of an H100's 989 {:.0f}"
-    assert cards.format(*minutes) in said

@@ -56,15 +56,14 @@ def test_no_step_is_wasted():
     assert rates("wsd", decay_fraction=1.0, warmup_steps=0, min_lr=0.0)[49] == pytest.approx(1e-3 * 0.51)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(beta1=1.0), dict(beta2=-0.1), dict(decay_fraction=1.5), dict(average=2.0), dict(min_lr=1.0),
-        dict(embed_lr=-1.0), dict(head_lr=0.1, optimizer="adafactor"), dict(adam_eps=0.0), dict(grad_clip=-1.0),
-        dict(vector_lr=0.1, learning_rate=0.0, min_lr=0.0), dict(warmup_steps=-0.1),
-    ],
-    ids=str,
-)  # fmt: skip
+WRONG = [
+    dict(beta1=1.0), dict(beta2=-0.1), dict(decay_fraction=1.5), dict(average=2.0), dict(min_lr=1.0),
+    dict(embed_lr=-1.0), dict(head_lr=0.1, optimizer="adafactor"), dict(adam_eps=0.0), dict(grad_clip=-1.0),
+    dict(vector_lr=0.1, learning_rate=0.0, min_lr=0.0), dict(warmup_steps=-0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_impossible_options(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimConfig(**wrong)
@@ -136,6 +135,11 @@ def difference(ours, theirs, params, n=20):
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*params, strict=True))
 
 
+def in_parts(function, batch, rows):
+    """As World.spread over four processes, one after another."""
+    return torch.cat([function(x) for x in batch.tensor_split(4)])
+
+
 MATRICES = [(64, 64)] * 5 + [(256, 64)] * 3 + [(64, 256)] * 3 + [(171, 64)] * 2
 SPECTRAL = dict(ns_coefficients=(2.0, -1.5, 0.5), ns_steps=12, adjust_lr_fn="original")
 KINDS = {
@@ -158,11 +162,6 @@ KINDS = {
 }
 
 
-def in_parts(function, batch, rows):
-    """As World.spread over four processes, one after another."""
-    return torch.cat([function(x) for x in batch.tensor_split(4)])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_and_state_are_torchs(monkeypatch, kind):
     """Ours goes on from torch's state, and torch's from ours, as if there had been one optimizer. Newton-Schulz is
@@ -170,7 +169,7 @@ def test_updates_and_state_are_torchs(monkeypatch, kind):
     monkeypatch.setattr(optim, "NEWTON_SCHULZ_DTYPE", torch.float64)
     monkeypatch.setattr(optim, "ADAFACTOR_BATCH", 3 * 64 * 64)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
-    monkeypatch.setattr(torch, "bfloat16", torch.float64)  # torch 2.15's Muon converts with .to
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)  # which torch 2.15's Muon uses
     params = copies(MATRICES + [(64,), (64,), (1,)] * ("muon" not in kind))
     one, two = (make(p) for make, p in zip(KINDS[kind], params, strict=True))
     for _ in range(3):
