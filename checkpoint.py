@@ -1,11 +1,16 @@
 """A run's whole state in one file: write, find, read. A checkpoint appears whole or not at all."""
 
 import contextlib
+import errno
 import os
+import pickle
 import re
+import stat
+import struct
 import sys
 import typing
 import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -18,8 +23,12 @@ from torch.overrides import TorchFunctionMode
 from configurator import UserError, check
 from distributed import copy_like
 from files import remove_partial, whole_file
-from metrics import Metrics, read_metrics
+from metrics import Metrics
 from model import GPT, GPTConfig
+
+# What reading a damaged zip file raises. Errors of the system (OSError, MemoryError) are not among them.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, ArithmeticError, LookupError,
+          ValueError, RuntimeError)  # fmt: skip
 
 
 def path_of(out_dir: str, step: int) -> Path:
@@ -32,9 +41,14 @@ def step_of(path: Path) -> int | None:
 
 
 def find(out_dir: str) -> list[Path]:
-    """A run's checkpoint files, newest step first."""
-    paths = [path for path in Path(out_dir).glob("ckpt_*.pt") if step_of(path) is not None]
-    return sorted(paths, key=step_of, reverse=True)
+    """A run's checkpoint files, newest step first. Raises UserError if the folder cannot be read."""
+    try:
+        paths = [Path(out_dir, name) for name in os.listdir(out_dir)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be read: {error.strerror}") from None
+    return sorted((path for path in paths if step_of(path) is not None), key=step_of, reverse=True)
 
 
 def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
@@ -49,7 +63,7 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
             torch.save(state, file)
         except RuntimeError as error:  # torch wraps the OSError of a full disk
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    # Newer ones do not count: they are damaged, or from a future that this run will write again.
+    # Newer files do not count: they are damaged, or from a future that this run will write again.
     older = [old for old in find(out_dir) if step_of(old) <= state["step"]]
     for old in older[keep:] if keep else ():
         if step_of(old) != best_step:
@@ -61,21 +75,28 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint file; None if every checksum is right and it holds a model.
 
-    torch.load checks no checksum, so a damaged file would load silently. Nothing in the file is executed.
+    Raises UserError if the system cannot read the file. That is no damage: a run that took an older checkpoint for it
+    would overwrite a newer, good one.
     """
-    if not path.is_file():
-        return "is not a file"
     try:
-        with zipfile.ZipFile(path) as archive:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "is not a file"
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksum: damaged files load silently
             if archive.testzip() is not None:
                 return "is damaged"
         state = load(path)
-        if not isinstance(state, dict) or not {"model", "step", "gpt_config", "tokenizer"} <= state.keys():
-            return "is not a checkpoint of a run"
-        if step_of(path) not in (None, state["step"]):
-            return f"holds step {state['step']}, which is not what its name says"
-    except Exception:  # a damaged file fails in many ways
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged offset, from before the beginning of the file
+            return "is damaged"
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except DAMAGE as error:
+        if "mmap" in str(error):  # torch lacks memory to map the file
+            raise UserError(f"{path} cannot be read: {error}") from None
         return "is damaged, or not a checkpoint"
+    if not isinstance(state, dict) or not {"model", "step", "gpt_config", "tokenizer"} <= state.keys():
+        return "is not a checkpoint of a run"
+    if step_of(path) not in (None, state["step"]):
+        return f"holds step {state['step']}, which is not what its name says"
     return None
 
 
@@ -85,18 +106,17 @@ def load(path: Path) -> dict:
 
 
 def load_run(path: Path) -> dict:
-    """The same of the checkpoint that a run goes on from; all processes read it. Raises UserError."""
+    """The state of the checkpoint that a run goes on from; every process reads it. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path} is not there for this process; all processes of a run must see its out_dir")
     saved = load(path)
-    if missing := {"config", "optimizers", "scaler", "data", "training_weights"} - saved.keys():
+    if missing := {"config", "optimizer", "scaler", "data", "training_weights"} - saved.keys():
         raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
     return saved
 
 
 def newest_whole(out_dir: str) -> Path | None:
-    """The newest whole checkpoint; None if there is no checkpoint file. Raises UserError if there are some and none is
-    whole."""
+    """The newest whole checkpoint, or None if there is no checkpoint file. Raises UserError if all are damaged."""
     paths = find(out_dir)
     for path in paths:
         wrong = fault(path)
@@ -108,45 +128,6 @@ def newest_whole(out_dir: str) -> Path | None:
     return None
 
 
-def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from; or None, and the options of a run that died before its first one, or {}: begin.
-
-    Raises UserError rather than overwrite a run, or start one that the user did not describe.
-    """
-    begun = log.lock()
-    if not resume:
-        if find(out_dir) or (begun and log.path.stat().st_size):
-            raise UserError(f"out_dir {out_dir} already holds a run; go on with --resume=True, or name another")
-        return None, {}
-    path = newest_whole(out_dir)
-    record = next((r for r in read_metrics(log.path) if r["kind"] == "run"), None) if begun and not path else None
-    if record:
-        log.say(f"{out_dir} has no checkpoint: starting again at step 0 with this run's options")
-        return None, {name: record[name] for name in ("config", "gpt_config")}
-    if not path and not given.keys() - {"out_dir", "resume"}:
-        raise UserError(f"out_dir {out_dir} holds no run to go on with; check its name, or say what to train")
-    if not os.path.isdir(out_dir):
-        log.say(f"{out_dir} does not exist: this is a fresh start")
-    return path, {}
-
-
-def merge(saved: dict, asked: Any, given: dict[str, str], fixed: Collection[str], path: Path) -> Any:
-    """The saved options as a dataclass, with the values of those that are given now and may change."""
-    values = {option.name: saved.get(option.name, option.default) for option in fields(asked)}
-    for name in values.keys() & given.keys():
-        want = getattr(asked, name)
-        if want is None and name in ("seq_len", "total_batch_size"):  # left open, and worked out when the run began
-            continue
-        if want != values[name] and name in fixed:
-            had = f"but this run has {values[name]!r} ({path})"
-            raise UserError(f"{given[name]}: {name} = {want!r}, {had}; keep that, or start another run")
-        values[name] = want
-    try:
-        return type(asked)(**values)
-    except ValueError as error:  # a rule across the options
-        raise UserError(f"{error} ({path} and what is given now)") from None
-
-
 def best_of(newest: Path) -> Path:
     """The checkpoint with the lowest val loss, of the run whose newest one is given. Raises UserError."""
     best = load(newest).get("best") or {"step": None}
@@ -156,6 +137,75 @@ def best_of(newest: Path) -> Path:
     if wrong := fault(path):
         raise UserError(f"{path}, the best, {wrong}; leave out --best=True")
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run goes on, and with which options
+
+
+def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -> tuple[Path | None, dict]:
+    """The checkpoint to resume, or the options of a run that died before its first one, or neither: a new run.
+
+    Locks out_dir. Raises UserError rather than overwrite a run, or start one that the user did not describe.
+    """
+    log.lock()
+    records = log.records()
+    if not resume:
+        if find(out_dir) or any(record.get("event") == "done" for record in records):
+            raise UserError(
+                f"out_dir {out_dir} already holds a run; continue it with --resume=True, or name another, or delete it"
+            )
+        if records:
+            log.say(f"{out_dir}: the run there died before its first checkpoint; this one takes its place")
+        return None, {}
+    if path := newest_whole(out_dir):
+        return path, {}
+    record = next((r for r in records if r["kind"] == "run" and {"config", "gpt_config"} <= r.keys()), None)
+    if record:
+        log.say(f"{out_dir} has no checkpoint: starting again at step 0 with this run's options")
+        return None, {name: record[name] for name in ("config", "gpt_config")}
+    if not given.keys() - {"out_dir", "resume"}:
+        raise UserError(f"out_dir {out_dir} holds no run to go on with; check its name, or say what to train")
+    if not os.path.isdir(out_dir):
+        log.say(f"{out_dir} does not exist: this is a fresh start")
+    return None, {}
+
+
+def merge(
+    saved: dict, config: Any, gpt_config: GPTConfig, given: dict[str, str], fixed: Collection[str], log: Metrics
+) -> tuple[Any, GPTConfig, dict[str, list]]:
+    """A run's saved options, changed by those that were set as flags, and {option: [saved, now]} of the changes.
+
+    `given` says where each option was set. Against a config file, which may have been edited since, the run's options
+    hold; a line says so. Raises UserError where a flag would make it another run: the model's options and the `fixed`.
+    """
+    configs, changed = [], {}
+    for asked, old in ((config, saved["config"]), (gpt_config, saved["gpt_config"])):
+        values = {option.name: old.get(option.name, option.default) for option in fields(asked)}
+        for name, have in values.items():
+            want, source = getattr(asked, name), given.get(name)
+            left_open = want is None and name in ("seq_len", "total_batch_size")  # worked out when the run began
+            may_change = asked is config and name not in fixed
+            if name in ("out_dir", "resume"):  # always as they are given
+                values[name] = want
+            elif source is None or want == have or left_open:
+                continue
+            elif not source.startswith("--"):
+                change = "; a flag would change it" if may_change else ""
+                log.say(f"{source} says {name} = {want!r}; this run keeps {have!r}{change}")
+            elif may_change:
+                values[name], changed[name] = want, [have, want]
+            else:
+                raise UserError(f"{source}: {name} = {want!r}, but this run has {have!r}; keep that, or start another")
+        try:
+            configs.append(type(asked)(**values))
+        except ValueError as error:  # a rule across the options
+            raise UserError(f"{error} (the options of {config.out_dir}, and the flags)") from None
+    return *configs, changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a state to a model and its optimizers
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
@@ -196,14 +246,30 @@ def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assig
     model.load_state_dict(weights, assign=assign)
 
 
-def restore(saved: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped. Settings (betas,
-    weight decay, ...) come from the run's options, not from the file."""
-    for optimizer, part in zip(optimizers, saved["optimizers"], strict=True):
+def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """What the optimizers remember of each parameter, by its name: their own numbers change with their options."""
+    known = [(name, o.state[p]) for name, p in model.named_parameters() for o in optimizers if p in o.state]
+    return {name: dict(tensors) for name, tensors in known}
+
+
+def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped.
+
+    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a tensor has
+    another shape: fused code would read and write past its end.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        copies: dict[int, dict[str, Tensor]] = {}
-        for i, tensors in part["state"].items():
-            copies[i] = {n: t.clone() if n == "step" else copy_like(params[i], t) for n, t in tensors.items()}
-        optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+        state = {i: saved["optimizer"].get(names[p], {}) for i, p in enumerate(params)}
+        for i, tensors in state.items():
+            rows, columns = (*params[i].shape[:-1], 1), (1, *params[i].shape[1:])  # adafactor's
+            shapes = {"step": (), "row_var": rows, "col_var": columns}
+            for name, tensor in tensors.items():
+                if tensor.shape != shapes.get(name, params[i].shape):
+                    raise UserError(f"the checkpoint's {name} of {names[params[i]]} has shape {tuple(tensor.shape)}")
+            state[i] = {n: t.clone() if n == "step" else copy_like(params[i], t) for n, t in tensors.items()}
+        state = {i: tensors for i, tensors in state.items() if tensors}  # a parameter whose steps were all skipped
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
