@@ -139,8 +139,7 @@ def best_of(newest: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which run goes on, and with which options
+# ---- Which run goes on, and with which options
 
 
 def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -> tuple[Path | None, dict]:
@@ -204,8 +203,7 @@ def merge(
     return *configs, changed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a state to a model and its optimizers
+# ---- From a state to a model and its optimizers
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:

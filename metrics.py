@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from configurator import UserError
@@ -20,9 +20,8 @@ class Metrics:
     def __init__(self, out_dir: str, is_main: bool = True):
         """`is_main`: whether this process writes and prints; of several processes one does."""
         self.path, self.is_main = Path(out_dir, "metrics.jsonl"), is_main
-        self.lock_handle, self.begun = None, False
-        self.has_run = False  # whether a record of the kind "run" is in the file
-        self.file, self.unwritten, self.wandb = None, b"", None
+        self.lock_handle, self.file, self.unwritten, self.wandb = None, None, b"", None
+        self.begun = self.has_run = False  # whether there was a file, and whether it has a record of the kind "run"
 
     def lock(self) -> bool:
         """Lock out_dir for this process, if it exists. Returns whether a run has begun there. Raises UserError."""
@@ -34,10 +33,8 @@ class Metrics:
 
     def records(self) -> list[dict]:
         """All records so far; none if there is no file. Raises UserError."""
-        try:
+        with self.one_line_errors("read"):
             return read_metrics(self.path) if self.path.exists() else []
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
 
     def is_done(self, step: int) -> bool:
         """Whether the file says that the run ended at this step."""
@@ -69,21 +66,19 @@ class Metrics:
                 self.attempt(lambda: self.wandb.show(header))
 
     @contextlib.contextmanager
-    def one_line_errors(self):
+    def one_line_errors(self, done: str = "written") -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"out_dir {self.path.parent} cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.path} cannot be {done}: {error.strerror}") from None
 
     def check_folder(self) -> None:
         """Raises UserError if out_dir is no longer the folder that was locked: by now it may be another run's."""
-        if self.lock_handle is not None:
-            try:
-                same = os.path.samestat(os.fstat(self.lock_handle), os.stat(self.path.parent))
-            except FileNotFoundError:
-                same = False
-            if not same:
-                raise UserError(f"{self.path.parent} was moved or deleted during its run; nothing more is saved there")
+        if self.lock_handle is None:  # on Windows
+            return
+        folder = self.path.parent
+        if not folder.exists() or not os.path.samestat(os.fstat(self.lock_handle), os.stat(folder)):
+            raise UserError(f"{folder} was moved or deleted during its run; nothing more is saved there")
 
     def write(self, kind: str, **values: object) -> None:
         """Append one record. Numbers that are not finite become null: JSON has no NaN."""

@@ -152,6 +152,7 @@ class State:
 
 
 def main() -> int:
+    """A run from its command line to its exit status: look, build, train."""
     config, gpt_config, given = configure(TrainConfig, GPTConfig)
     world = World(device=None)  # a resumed run brings its own device
     log = Metrics(config.out_dir, world.is_main)

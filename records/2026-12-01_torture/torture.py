@@ -6,9 +6,8 @@
     TERM, HUP, USR1  that signal to the launcher: it must end in order, with a checkpoint of the step that was running
     AGENT            SIGKILL to torchrun, which leaves its processes behind: they must end in order, too
     RANK             SIGKILL to one process of several: torchrun --max-restarts must go on by itself
-    DISK             the run's own small file system is filled up to a random rest, then emptied; now and then a SIGKILL
-                     comes while it is full (Linux, as root). Best values are not compared there: a step that is not
-                     saved cannot be the best
+    DISK             a small file system is filled up and emptied, with a SIGKILL now and then (Linux, as root). Best
+                     values are not compared: a step that is not saved cannot be the best
 
 A third of the blows wait until a checkpoint is being written. Equal must be every bit of the last checkpoint (weights,
 optimizer states, best values), and every train, val, hellaswag and sample record but its timings. Prints a JSON line.
@@ -56,8 +55,6 @@ class TortureConfig:
 
 
 class Torture:
-    """One run under blows, in a folder of its own."""
-
     def __init__(self, config: TortureConfig, folder: Path, out: Path):
         self.config, self.folder, self.out, self.rng = config, folder, out, random.Random(config.seed)
         self.log = folder / "log"  # what the newest process printed
@@ -83,8 +80,7 @@ class Torture:
         ]  # fmt: skip
 
     def records(self) -> list[dict]:
-        path = self.out / "metrics.jsonl"
-        return read_metrics(path) if path.exists() else []
+        return read_metrics(self.out / "metrics.jsonl") if (self.out / "metrics.jsonl").exists() else []
 
     def wait_for_a_moment(self, process: subprocess.Popen) -> None:
         """Most blows come at any moment, a third while a checkpoint is being written."""
@@ -114,19 +110,15 @@ class Torture:
         if process.poll() is not None:
             raise UserError(f"ended by itself after {number} blows; give more --steps:\n{self.log.read_text()}")
         if name == "KILL":
-            for pid in everyone:
-                kill(pid)
+            kill(*everyone)
             process.wait()
             return
         process.send_signal(signal.SIGKILL if name == "AGENT" else getattr(signal, f"SIG{name}"))
         process.wait(timeout=120)
         while any(alive(pid) for pid in everyone[:-1]):  # orphans
             time.sleep(0.05)
-        self.check_order(process.returncode, number)
-
-    def check_order(self, status: int, number: int) -> None:
-        """The run has ended in order: its launcher's status, an event, and a checkpoint of that step."""
-        name = self.config.blow
+        # The run has ended in order: its launcher's status, an event, and a checkpoint of that step.
+        status = process.returncode
         launchers = -signal.SIGKILL if name == "AGENT" else -signal.SIGUSR1 if name == "USR1" else 1  # torchrun's own
         ends = [record for record in self.records() if record.get("event") == "stopped"]
         if status != (0 if self.config.processes == 1 else launchers) or len(ends) != number + 1:
@@ -152,7 +144,10 @@ class Torture:
         """Fill the run's file system and empty it again. Whenever the run has ended because of that, it goes on."""
         process, filling = self.start(), self.out.parent / "filling"
         for _ in range(self.config.blows):
-            process = self.again(process)
+            if process.poll() is not None:
+                if process.returncode == 0 or "No space left" not in self.log.read_text():
+                    raise UserError(f"ended with {process.returncode}:\n{self.log.read_text()}")
+                process = self.start()
             time.sleep(self.rng.uniform(0.5, 3))
             self.wait_for_a_moment(process)
             disk = os.statvfs(self.out.parent)
@@ -161,8 +156,7 @@ class Torture:
                 filling.write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - self.rng.choice(rests))))
             time.sleep(self.rng.uniform(0, 0.5))
             if self.rng.random() < 0.4:
-                for pid in (*descendants(process.pid), process.pid):
-                    kill(pid)
+                kill(*descendants(process.pid), process.pid)
                 process.wait()
                 process = self.start()
                 time.sleep(self.rng.uniform(0, 3))
@@ -171,24 +165,15 @@ class Torture:
             process = self.start()
         return process
 
-    def again(self, process: subprocess.Popen) -> subprocess.Popen:
-        if process.poll() is None:
-            return process
-        if process.returncode == 0 or (process.returncode > 0 and "No space left" not in self.log.read_text()):
-            raise UserError(f"ended with {process.returncode}:\n{self.log.read_text()}")
+    def strikes(self) -> subprocess.Popen:
+        for number in range(self.config.blows):
+            self.strike(number)
         return self.start()
 
     def go(self) -> int:
         """All blows, and then to the end. Returns the last status."""
-        if self.config.blow == "RANK":
-            process = self.kill_ranks()
-        elif self.config.blow == "DISK":
-            process = self.fill_disks()
-        else:
-            for number in range(self.config.blows):
-                self.strike(number)
-            process = self.start()
-        return process.wait(timeout=600)
+        how = {"RANK": self.kill_ranks, "DISK": self.fill_disks}.get(self.config.blow, self.strikes)
+        return how().wait(timeout=600)
 
     def end(self) -> tuple[list[dict], str]:
         """What must be equal: the records, and a SHA-256 of the newest checkpoint."""
@@ -255,23 +240,22 @@ def make_data(folder: Path) -> None:
 
 def descendants(pid: int) -> list[int]:
     """A process's children, theirs, and so on (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return [each for child in children for each in (*descendants(child), child)]
+        return [each for child in children for each in (*descendants(child), child)]
+    return []
 
 
 def alive(pid: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
+    return False
 
 
-def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # a child of one that is dead
-        os.kill(pid, signal.SIGKILL)
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a child of one that is dead
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
