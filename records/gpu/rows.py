@@ -188,7 +188,8 @@ def has(name: str) -> bool:
 def machine(card: Card) -> dict:
     """What it is, and its two ceilings: a large matrix product in bf16, and a copy."""
     import torch
-    from device import git_commit, hardware
+
+    from distributed import machine as described
 
     n, size = (256, 1 << 20) if card.small else (8192, 1 << 31)
     a, b = (torch.randn(n, n, device=card.device, dtype=torch.bfloat16) for _ in "ab")
@@ -197,8 +198,8 @@ def machine(card: Card) -> dict:
     tflops = 2 * n**3 / card.time(lambda: a @ b, 10) / 1e12
     tb = 2 * size / card.time(lambda: target.copy_(source), 10) / 1e12
     about = dict(
-        hardware=hardware(torch.device(card.device))[0], torch=torch.__version__, python=sys.version.split()[0],
-        commit=git_commit(), cores=os.cpu_count(), cudnn=torch.backends.cudnn.version(),
+        described(torch.device(card.device), torch.bfloat16), cores=os.cpu_count(),
+        cudnn=torch.backends.cudnn.version(),
     )  # fmt: skip
     if shutil.which("nvidia-smi") and card.device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
@@ -235,9 +236,8 @@ def parity_outputs(card: Card, flags: dict, dtype) -> Iterator[dict]:
     """Of ours and of transformers', both in dtype, and of transformers' in float32: logits, loss, gradients."""
     import torch
     import transformers
-    from weights import by_our_names
 
-    from huggingface import save_folder
+    from huggingface import by_our_names, save_folder
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -276,13 +276,12 @@ def compiled(card: Card) -> dict:
     import torch
 
     T, B = card.shape["block_size"], 4 if card.small else 8
-    often = dict(
-        val_interval=10, val_tokens=T * (B + B // 2), hellaswag_interval=10, sample_interval=10,
-        hellaswag_data=card.work / "hellaswag.jsonl",
-    )  # fmt: skip
+    often = dict(val_interval=10, val_tokens=T * (B + B // 2), hellaswag_interval=10, sample_interval=10)
     out, command = training(card, "compiled", compile=True, **often)
+    import hellaswag
     import train_gpt2
 
+    hellaswag.download = lambda: str(card.work / "hellaswag.jsonl")  # there is no network
     sys.argv = command
     torch._logging.set_logs(recompiles=True, graph_breaks=True)
     if status := train_gpt2.main():
@@ -490,10 +489,8 @@ def sampling(card: Card) -> dict:
 def hellaswag_rate(card: Card) -> dict:
     """Examples a second, as in a run, of texts as long as HellaSwag's (in bytes instead of tokens)."""
 
-    from device import autocast, pick_dtype
-
     import hellaswag
-    from distributed import World
+    from distributed import World, autocast, pick_dtype
     from tokenizer import get_tokenizer
 
     world, model = World(card.device), random_model(card)
@@ -561,7 +558,7 @@ def text_of(card: Card) -> str:
 
 
 def write_shards(folder: Path, train, val, **meta: object) -> None:
-    from shards import shard_header
+    from files import shard_header
 
     folder.mkdir(exist_ok=True)
     for split, ids in (("train", train), ("val", val)):
