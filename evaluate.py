@@ -67,7 +67,7 @@ def main() -> int:
     meta, vocab_size = read_meta(data_dir), model.config.vocab_size
     tokenizer_of_data = data_tokenizer(data_dir, meta, vocab_size)
     check_same_tokenizer(tokenizer, tokenizer_of_data, path, data_dir)
-    shards = [open_shard(path) for path in Windows(data_dir, config.split, 1).paths]
+    shards = [open_shard(shard) for shard in Windows(data_dir, config.split, 1).paths]
     ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
     if ids > vocab_size:
         raise UserError(f"{data_dir} has {ids} ids, but {path} only {vocab_size}")
@@ -76,9 +76,8 @@ def main() -> int:
     tokens = min(config.tokens or whole, whole)
     byte_lengths = token_bytes(get_tokenizer(tokenizer_of_data)) if meta else None
     in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
-    nats, size = evaluate(
-        model.eval(), shards, tokens, seq_len, stride, config.batch_size, world, in_dtype, byte_lengths
-    )
+    windows = seq_len, stride, config.batch_size
+    nats, size = evaluate(model.eval(), shards, tokens, *windows, world, in_dtype, byte_lengths)
     world.close()
     words = meta.get(f"{config.split}_words", 0) if tokens == whole else 0
     where = {"model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": seq_len, "stride": stride}
@@ -90,8 +89,9 @@ def main() -> int:
 def results(nats: float, tokens: int, words: int, size: int | None) -> dict[str, float | None]:
     """The summed loss of so many tokens in all units. A value that is not known or not finite is None."""
     loss, word_loss = nats / tokens, nats / (words - 1) if words > 1 else None
+    perplexity, word_perplexity = (None if x is None or x > 700 else math.exp(x) for x in (loss, word_loss))
     values = {
-        "loss": loss, "perplexity": exp(loss), "word_loss": word_loss, "word_perplexity": exp(word_loss),
+        "loss": loss, "perplexity": perplexity, "word_loss": word_loss, "word_perplexity": word_perplexity,
         "bits_per_byte": nats / math.log(2) / size if size else None,
         "tokens": tokens, "words": words or None, "bytes": size,
     }  # fmt: skip
@@ -104,11 +104,6 @@ def own_data(path: Path) -> str:
     if "data_dir" not in config:
         raise UserError(f"{path} does not say on which data it was trained; use --data_dir=DIR")
     return config["data_dir"]
-
-
-def exp(loss: float | None) -> float | None:
-    """A perplexity; None if the loss is unknown or its exp is more than a float holds."""
-    return math.exp(loss) if loss is not None and loss < 700 else None
 
 
 @torch.no_grad()

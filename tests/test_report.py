@@ -157,15 +157,10 @@ def test_other_step_sizes_vocabularies_and_data(tmp_path):
 @pytest.mark.parametrize(
     ("change", "published"),
     [
-        ({}, 2),
-        ({"total_batch_size": 262144}, 0),
-        ({"val_tokens": 1000}, 0),
-        ({"seq_len": 512}, 0),
-        ({"tokenizer": "bytes"}, 0),
-        ({"dataset": "books"}, 0),
-        ({"dataset": "HuggingFaceFW/fineweb-edu"}, 1),
+        ({}, 2), ({"total_batch_size": 262144}, 0), ({"val_tokens": 1000}, 0), ({"seq_len": 512}, 0),
+        ({"tokenizer": "bytes"}, 0), ({"dataset": "books"}, 0), ({"dataset": "HuggingFaceFW/fineweb-edu"}, 1),
     ],
-)
+)  # fmt: skip
 def test_published_curves_stand_beside_their_own_kind_only(tmp_path, change, published):
     have = (
         dict(tokenizer="gpt2", dataset="HuggingFaceFW/fineweb", val_tokens=10485760, total_batch_size=524288) | change
