@@ -39,7 +39,7 @@ def test_rows_that_work_fail_or_cannot_be_had_are_all_written_down(tmp_path):
     # Rows that are there stay when others are run, and one that does not fit into the time left is not begun.
     assert start(out, "--only=machine", "--limit=10").communicate(timeout=60)
     again = results(out)
-    assert again["machine"] == dict(name="machine", part="right", status="not run", result="10 s were left")
+    assert (again["machine"]["status"], again["machine"]["result"][:14]) == ("not run", "10 s were left")
     assert again["nanogpt"] == have["nanogpt"]
 
 
