@@ -20,14 +20,14 @@ from metrics import Metrics
 DATA = dict(tokenizer="bytes", vocab_size=257, train_tokens=8000, train_bytes=8000, val_tokens=900, val_bytes=899)
 
 
-def fake(folder, optimizer="adamw", seed=1, offset=0.0, data=DATA, steps=60, events=(), **options):
+def fake(folder, optimizer="adamw", seed=1, offset=0.0, data=DATA, steps=60, events=(), val=True, **options):
     """The folder of a run of steps of 512 tokens, whose val loss ends at 2 + offset."""
     config = dict(optimizer=optimizer, seed=seed, out_dir=str(folder), val_tokens=900, seq_len=1024) | options
     log = Metrics(folder)
     log.begin(None)
     log.write("run", parameters=1_000_000, config=config, gpt_config={"n_layer": 2}, data=data, max_steps=steps)
     for step in range(steps + 1):
-        if step % 10 == 0:
+        if val and step % 10 == 0:
             log.write("val", step=step, val_loss=2 + offset + 3 * (1 - step / steps))
         if step:
             log.write(
@@ -151,7 +151,9 @@ def test_other_step_sizes_vocabularies_and_data(tmp_path):
     assert "losses do not compare" in done.stderr
     other = fake(tmp_path / "d", data=DATA | {"val_bytes": 700})
     assert "different data" in plots(a, other)["loss.png"].get_suptitle()
-    assert not plots(a, fake(tmp_path / "e", n_layer=3))["loss.png"].get_suptitle()
+    no_val = [fake(tmp_path / name, n_layer=3, val=False, optimizer=name) for name in ("adamw", "muon")]
+    assert not plots(*no_val)["loss.png"].get_suptitle()
+    assert {"adamw", "muon"} <= curves(plots(*no_val)["loss.png"]).keys()
 
 
 @pytest.mark.parametrize(
