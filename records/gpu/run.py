@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rows import ROWS, Card, Row, Skip, prepare
 
 stopped: list[int] = []  # the signals that asked this process to end
@@ -46,6 +45,8 @@ def main() -> int:
         parser.error(
             f"--only={given.only}: no {', '.join(sorted(unknown))}; rows: {' '.join(row.name for row in ROWS)}"
         )
+    import torch  # it takes a while
+
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA card; --device=cpu rehearses with small models")
     if text and not Path(text).is_file():
