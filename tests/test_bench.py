@@ -118,7 +118,7 @@ def test_variants_in_turn(data_dir, tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "twice"]):
         subprocess.run([*git, *command], check=True)
     (tmp_path / "train_gpt2.py").write_text(step)
-    (tmp_path / "mine.py").write_text("n_layer = 2")
+    (tmp_path / "mine.py").write_text("n_layer = 2\nrope_base = 5.0")
     (tmp_path / "other.py").write_text("n_layer = 3")
     monkeypatch.setattr(bench, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -145,6 +145,11 @@ def test_variants_in_turn(data_dir, tmp_path, monkeypatch):
     assert (first[0]["gpt_config"]["mlp_hidden"], wider[0]["gpt_config"]["mlp_hidden"]) == (None, 9)
     assert [x[0]["gpt_config"]["n_layer"] for x in (first, wider, other, twice)] == [2, 2, 3, 1]  # each its config file
     assert twice[0]["losses"][0] == pytest.approx(2 * first[0]["losses"][0], rel=0.1)
+    assert [x[0]["gpt_config"]["rope_base"] for x in (first, wider, other)] == [
+        5,
+        5,
+        10000,
+    ]  # and no file beside its own
     assert too_large == []
     rows = done.stdout.splitlines()[-6:-1]
     assert rows[2].startswith("--n_embd=500000 --n_head=1: out of memory (")
