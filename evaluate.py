@@ -4,11 +4,11 @@
     python evaluate.py gpt2 --data_dir=data/wikitext2_test --stride=512
     torchrun --nproc_per_node=8 evaluate.py --data_dir=data/fineweb_edu10B --tokens=10485760
 
-A split is one stream of tokens, and each but the first is predicted once, in windows of seq_len, the last one ragged.
-The last line printed is one JSON object: loss is in nats per token, perplexity its exp; words are those of the whole
-split, bytes those of the predicted tokens' text in UTF-8; word_loss is loss x tokens / (words - 1), bits_per_byte is
-loss x tokens / bytes / ln 2. What is not known without a meta.json, or of a part of the split, is null. On the whole
-windows of one shard, without a stride, the loss is train_gpt2.py's val_loss.
+A split is one stream of tokens. Each token but the first is predicted once, in windows of seq_len tokens. The last line
+printed is one JSON object: loss is in nats per token, and perplexity its exp; word_loss is loss x tokens / (words - 1);
+bits_per_byte is loss x tokens / bytes / ln 2, where bytes are those of the predicted tokens' text in UTF-8. What is not
+known is null: words of a part of a split, and words and bytes of data without a meta.json. On the whole windows of one
+shard, without a stride, loss is the val loss of train_gpt2.py.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ from tokenizer import check_same_tokenizer, get_tokenizer, token_bytes
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
-    data_dir: PathStr | None = None  # token shards, made with the model's tokenizer; None: those a run was trained on
-    split: Literal["val", "train"] = "val"
-    tokens: int | None = None  # predict only the first ones, this many; None: all
+    model: PathStr | None = None  # checkpoint, folder of a run or of Hugging Face, gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # use the run's best checkpoint (lowest val loss), not its newest
+    data_dir: PathStr | None = None  # folder of token shards; None: the data that the run was trained on
+    split: Literal["val", "train"] = "val"  # which shards to evaluate on
+    tokens: int | None = None  # number of tokens to predict, the first ones of the split; None: all
     seq_len: int | None = None  # tokens in a window; None: the model's block_size
-    stride: int | None = None  # tokens from a window to the next, which predicts only what is new; None: seq_len
-    batch_size: int = 8  # windows in a forward pass, on each process
+    stride: int | None = None  # tokens from one window to the next, at most seq_len; None: seq_len
+    batch_size: int = 8  # windows in a forward pass on each process
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the matrix multiplications
 
     def __post_init__(self):
         at_least(self, 1, "tokens", "seq_len", "stride", "batch_size")
@@ -55,46 +55,55 @@ def main() -> int:
     config, _ = configure(EvaluateConfig, positional="model")
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device, config.best)
-    data_dir, T = config.data_dir or own_data(path), config.seq_len or model.config.block_size
-    stride, meta, vocab_size = config.stride or T, read_meta(data_dir), model.config.vocab_size
-    its_tokenizer = data_tokenizer(data_dir, meta, vocab_size)
-    check_same_tokenizer(tokenizer, its_tokenizer, path, data_dir)
-    shards = [open_shard(path) for path in Windows(data_dir, config.split, 1).paths]
+    data_dir = config.data_dir or own_data(path)
+    seq_len = config.seq_len or model.config.block_size
+    stride = config.stride or seq_len
+    if seq_len > model.config.block_size:
+        raise UserError(f"seq_len = {seq_len} is more than block_size = {model.config.block_size} of {path}")
+    if stride > seq_len:
+        raise UserError(f"stride = {stride} is more than seq_len = {seq_len}: tokens between windows would be left out")
+
+    # The data must be in the tokens of the model: the same tokenizer, and no id beyond the model's vocabulary.
+    meta, vocab_size = read_meta(data_dir), model.config.vocab_size
+    tokenizer_of_data = data_tokenizer(data_dir, meta, vocab_size)
+    check_same_tokenizer(tokenizer, tokenizer_of_data, path, data_dir)
+    shards = [open_shard(shard) for shard in Windows(data_dir, config.split, 1).paths]
     ids = meta.get("vocab_size") or 1 + max(int(shard.max()) for shard in shards)
     if ids > vocab_size:
         raise UserError(f"{data_dir} has {ids} ids, but {path} only {vocab_size}")
-    if not stride <= T <= model.config.block_size:
-        raise UserError(f"stride = {stride} <= seq_len = {T} <= block_size = {model.config.block_size} does not hold")
-    everything = sum(map(len, shards)) - 1
-    tokens = min(config.tokens or everything, everything)
-    byte_lengths = token_bytes(get_tokenizer(its_tokenizer)) if meta else None
+
+    whole = sum(map(len, shards)) - 1  # the first token of all is not predicted
+    tokens = min(config.tokens or whole, whole)
+    byte_lengths = token_bytes(get_tokenizer(tokenizer_of_data)) if meta else None
     in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
-    nats, size = evaluate(model.eval(), shards, tokens, T, stride, config.batch_size, world, in_dtype, byte_lengths)
+    windows = seq_len, stride, config.batch_size
+    nats, size = evaluate(model.eval(), shards, tokens, *windows, world, in_dtype, byte_lengths)
     world.close()
-    words = meta.get(f"{config.split}_words", 0) if tokens == everything else 0
-    result = {
-        "model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": T, "stride": stride,
-        "loss": nats / tokens, "perplexity": exp(nats / tokens), "word_loss": nats / (words - 1) if words > 1 else None,
-        "word_perplexity": exp(nats / (words - 1)) if words > 1 else None,
-        "bits_per_byte": nats / math.log(2) / size if size else None,
-        "tokens": tokens, "words": words or None, "bytes": size,
-    }  # fmt: skip
+    words = meta.get(f"{config.split}_words", 0) if tokens == whole else 0
+    where = {"model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": seq_len, "stride": stride}
     if world.is_main:
-        print(json.dumps({name: None if value != value else value for name, value in result.items()}))  # no NaN in JSON
+        print(json.dumps(where | results(nats, tokens, words, size)))
     return 0
 
 
+def results(nats: float, tokens: int, words: int, size: int | None) -> dict[str, float | None]:
+    """The summed loss of so many tokens in all units. A value that is not known or not finite is None."""
+    loss, word_loss = nats / tokens, nats / (words - 1) if words > 1 else None
+    perplexity, word_perplexity = (None if x is None or x > 700 else math.exp(x) for x in (loss, word_loss))
+    values = {
+        "loss": loss, "perplexity": perplexity, "word_loss": word_loss, "word_perplexity": word_perplexity,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "tokens": tokens, "words": words or None, "bytes": size,
+    }  # fmt: skip
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
+
+
 def own_data(path: Path) -> str:
-    """The data_dir of the run that a checkpoint is of. Raises UserError if it is of none."""
+    """The data_dir of the run that a checkpoint belongs to. Raises UserError if it belongs to none."""
     config = (checkpoint.load(path).get("config") if path.is_file() else None) or {}
     if "data_dir" not in config:
         raise UserError(f"{path} does not say on which data it was trained; use --data_dir=DIR")
     return config["data_dir"]
-
-
-def exp(loss: float) -> float | None:
-    """A perplexity; None if it is more than a float holds."""
-    return math.exp(loss) if loss < 700 else None
 
 
 @torch.no_grad()
@@ -103,7 +112,10 @@ def evaluate(
     model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
     in_dtype: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
 ) -> tuple[float, int | None]:  # fmt: skip
-    """The summed loss in nats of the first `tokens` targets, and the bytes of their text, by the bytes of each id."""
+    """The summed loss of the first `tokens` targets in nats, and the bytes of their text, on every rank.
+
+    `byte_lengths` are the bytes of each token id; without them the second number is None.
+    """
     windows = range(1 + math.ceil(max(0, tokens - seq_len) / stride))
     batches = [windows[first : first + batch_size] for first in windows[::batch_size]]
     nats = num_bytes = predicted = 0
@@ -125,8 +137,10 @@ def evaluate(
 def read_windows(
     shards: Sequence[np.ndarray], numbers: Sequence[int], tokens: int, seq_len: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of windows of the stream, (B, T) each. Window i begins at i * stride; targets that the one
-    before it has predicted, and those past the first `tokens`, are -1."""
+    """Inputs and targets of these windows, (B, T) each. Window i begins at token i * stride of the stream.
+
+    Targets are -1 where the window before has predicted them, and behind the first `tokens` targets of the stream.
+    """
     x = torch.zeros(len(numbers), min(seq_len, tokens), dtype=torch.int64)
     y = torch.full_like(x, -1)
     for row, number in enumerate(numbers):
@@ -140,7 +154,7 @@ def read_windows(
 
 
 def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
-    """Tokens start to stop of all shards in a row."""
+    """Tokens `start` to `stop` of the stream that the shards form together."""
     parts = []
     for shard in shards:
         parts.append(shard[max(0, start) : max(0, stop)])
@@ -149,20 +163,20 @@ def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
 
 
 def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-    """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C), `rows` at a time:
-    the logits of all rows together would fill the memory, and on a CPU small pieces are faster."""
-    return torch.cat([
-        F.cross_entropy(model.logits(x), y, reduction="none")
-        for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ])  # fmt: skip
+    """The cross entropy of targets (N,) in nats, float32 (N,), given the final hidden states (N, C).
+
+    Logits of all rows at once would fill the memory, and on a CPU small pieces are faster: `rows` at a time.
+    """
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(model.logits(x), y, reduction="none") for x, y in pieces])
 
 
 def share(batches: Sequence, world: World, progress: bool) -> Iterable:
-    """This rank's share of the batches, with a progress bar."""
+    """The batches of this rank, with a progress bar on the main one."""
     from tqdm import tqdm
 
     off = not (progress and world.is_main)
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
     return tqdm(batches[world.rank :: world.size], unit="batch", mininterval=interval, delay=1, disable=off)
 
 

@@ -1,20 +1,17 @@
-"""HellaSwag: how often does a model find the right one of four endings the likeliest? Chance is 0.25.
+"""HellaSwag: how often does a model give the right one of four endings the highest likelihood? Chance is 0.25.
 
     python hellaswag.py --model=out/mine
     torchrun --nproc_per_node=8 hellaswag.py --model=out/mine
 
-The last line printed is one JSON object: acc counts endings of the lowest summed loss, acc_norm of the lowest mean loss
-per token. Texts are rendered as GPT-2 reproductions do: the tokens of the context, then those of " " + ending.
-
-Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag
+The last line printed is one JSON object. acc picks the ending with the lowest summed loss, acc_norm the one with the
+lowest mean loss per token. As in other GPT-2 reproductions, a text is the tokens of the context, then those of " " +
+ending. (Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag)
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,13 +34,13 @@ VAL_FILE = "data/hellaswag/hellaswag_val.jsonl"
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    model: PathStr | None = None  # a checkpoint, a run or Hugging Face folder, or gpt2..gpt2-xl; None: the newest run
-    best: bool = False  # of a run, the checkpoint with the lowest val loss in place of the newest
-    data: PathStr | None = None  # a .jsonl of examples; None: the validation set, downloaded once
-    limit: int | None = None  # score only the first examples, this many
-    batch_size: int = 4  # tokens in a forward pass, in block_sizes (texts are packed), on each process
+    model: PathStr | None = None  # checkpoint, folder of a run or of Hugging Face, gpt2..gpt2-xl; None: the newest run
+    best: bool = False  # use the run's best checkpoint (lowest val loss), not its newest
+    data: PathStr | None = None  # .jsonl file of examples; None: the validation set, downloaded once
+    limit: int | None = None  # number of examples to score, the first ones of the file; None: all
+    batch_size: int = 4  # size of a forward pass on each process, in multiples of block_size tokens
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the matrix multiplications
 
     def __post_init__(self):
         at_least(self, 1, "limit", "batch_size")
@@ -51,8 +48,8 @@ class HellaSwagConfig:
 
 class Example(NamedTuple):
     context: list[int]  # token ids
-    endings: list[list[int]]
-    label: int  # of the right ending
+    endings: list[list[int]]  # token ids of the four endings
+    label: int  # index of the right ending
 
 
 def main() -> int:
@@ -70,55 +67,62 @@ def main() -> int:
 
 
 def load(path: str | None, enc: tiktoken.Encoding, block_size: int, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a file (None: of the validation set, downloaded once), tokenised.
+    """The first `limit` examples of a file, tokenized; of the validation set (downloaded once) if path is None.
 
-    The start of a context is cut off if the longest ending would not fit into block_size behind it. Raises UserError,
-    naming the line, for what is not an example, and for a file without any.
+    Raises UserError if the file cannot be read or has no examples, and names the line that is not an example.
     """
-    examples, path = [], path or download()
+    path = path or download()
     try:
-        with open(path, "rb") as file:
-            for line in islice(file, limit):
-                row = json.loads(line)
-                context, *endings = map(enc.encode_ordinary, [row["ctx"], *(" " + ending for ending in row["endings"])])
-                room = block_size + 1 - max(map(len, endings))  # an ending's last token is predicted, not read
-                if len(endings) != 4 or row["label"] not in range(4) or not context or room < 1:
-                    raise ValueError(f"not a context, four endings that fit into {block_size} tokens, and a label")
-                examples.append(Example(context[-room:], endings, row["label"]))
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}:{len(examples) + 1}: not an example of HellaSwag: {error!r}") from None
-    if not examples:
+    numbered = [(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise UserError(f"{path}: no examples in it")
-    return examples
+    return [parse(line, where, enc, block_size) for line, where in numbered[:limit]]
+
+
+def parse(line: bytes, where: str, enc: tiktoken.Encoding, block_size: int) -> Example:
+    """The example of a line of JSON. Raises UserError if the line is not one."""
+    try:
+        row = json.loads(line)
+        context, *endings = map(enc.encode_ordinary, [row["ctx"], *(" " + ending for ending in row["endings"])])
+        # Only the end of a long context is used, so that the longest ending fits behind it. The last token of an
+        # ending is predicted but never read, so it needs no room.
+        room = block_size + 1 - max(map(len, endings))
+        if not context or len(endings) != 4 or row["label"] not in range(4) or room < 1:
+            raise ValueError(f"it needs a ctx, four endings of at most {block_size} tokens, and a label from 0 to 3")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not an example of HellaSwag: {error!r}") from None
+    return Example(context[-room:], endings, row["label"])
 
 
 def download() -> str:
-    """The path of the validation set, downloaded if it is not there yet. Raises UserError."""
-    path, data = Path(VAL_FILE), b""
-    if path.exists():
-        data = path.read_bytes()
-    else:
-        import requests
+    """The path of the validation set, which is downloaded unless it is there. Raises UserError."""
+    path = Path(VAL_FILE)
+    try:
+        if path.exists():
+            data = path.read_bytes()
+        else:
+            import requests  # it takes a while to import
 
-        with contextlib.suppress(requests.RequestException):
-            data = requests.get(URL, timeout=60).content
-    if hashlib.sha256(data).hexdigest() != SHA256:
-        raise UserError(f"{path} is not HellaSwag's validation set; put there what {URL} has")
-    if not path.exists():
-        try:
+            response = requests.get(URL, timeout=60)
+            response.raise_for_status()
+            data = response.content
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise UserError(f"{path}: not HellaSwag's validation set: its sha256 differs; put there what {URL} has")
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 file.write(data)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+    except OSError as error:  # the errors of requests are OSErrors, too, but without a strerror
+        raise UserError(f"{path}: {error.strerror or f'{error}; put there what {URL} has'}") from None
     return VAL_FILE
 
 
-def score(model: GPT, examples: list[Example], *how, **more) -> tuple[float, float, int] | None:
-    """(acc, acc_norm, number of examples), on every rank; takes what ending_losses takes. None if stopped."""
-    losses = ending_losses(model, examples, *how, **more)
+def score(model: GPT, examples: list[Example], *args, **kwargs) -> tuple[float, float, int] | None:
+    """(acc, acc_norm, number of examples), the same on every rank; None if stopped. Takes what ending_losses takes."""
+    losses = ending_losses(model, examples, *args, **kwargs)
     if losses is None:
         return None
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
@@ -131,12 +135,11 @@ def score(model: GPT, examples: list[Example], *how, **more) -> tuple[float, flo
 @without_cudnn()
 def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
-    in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: Sequence = (),
+    in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: object = False,
 ) -> np.ndarray | None:  # fmt: skip
-    """The summed loss in nats of every ending, float64 (n, 4), on every rank; None if `stop` became true on any.
+    """The summed loss of every ending in nats, float64 (n, 4), the same on every rank. None if `stop` became true.
 
-    max_tokens is the size of a forward pass. Draws no random numbers, and changes neither the model's train or eval
-    mode nor its compiled forward.
+    A training run is not disturbed: no random number is drawn, and the model stays in train mode if it was.
     """
     losses = np.zeros((len(examples), 4))
     device, was_training = model.wte.weight.device, model.training
@@ -145,23 +148,28 @@ def ending_losses(
         if stop:
             break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
+        # A token sees the tokens of its own segment and those of the context, as far as they stand before it.
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with in_dtype:
-            hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1)).flatten(0, 1)[where]
-            loss = token_losses(model, hidden, targets).cpu().double().numpy()
+            hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1))  # (B, T, C)
+            loss = token_losses(model, hidden.flatten(0, 1)[where], targets).cpu().double().numpy()  # (N,)
+        # The losses of an ending stand next to each other, and so do the four endings of an example.
         starts = np.cumsum([0] + [len(ending) for i in batch for ending in examples[i].endings])[:-1]
         losses[batch] = np.add.reduceat(loss, starts).reshape(-1, 4)
     model.train(was_training)
-    *totals, stopped = world.sum([*losses.flatten(), bool(stop)])  # a rank's losses are 0 where another's are not
+
+    # An example is scored on one rank and 0 on all others, so the sum over the ranks has all of them.
+    *totals, stopped = world.sum([*losses.flatten(), bool(stop)])
     return None if stopped else np.array(totals).reshape(-1, 4)
 
 
 def row_length(example: Example) -> int:
+    """The tokens that are read: the context, and each ending but its last token."""
     return len(example.context) + sum(len(ending) - 1 for ending in example.endings)
 
 
 def make_batches(examples: list[Example], max_tokens: int) -> list[list[int]]:
-    """The examples' numbers, longest first, in batches of at most max_tokens with padding, of which there is little."""
+    """The numbers of the examples, longest first, in batches of at most max_tokens including padding."""
     order = sorted(range(len(examples)), key=lambda i: row_length(examples[i]), reverse=True)
     batches = []
     while order:
@@ -172,11 +180,10 @@ def make_batches(examples: list[Example], max_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One row an example: the context once, and behind it the four endings without their last tokens.
+    """One row per example: its context once and, behind it, the four endings without their last tokens.
 
-    idx, positions and segment are (B, T): segment 0 is the context, which every ending sees, 1 to 4 are the endings,
-    which do not see each other. `where` (N,) are the places in the flattened rows, and `targets` (N,) the tokens that
-    follow there, of every ending in order: the last token of the context predicts the first of all four.
+    Returns idx, positions and segment, (B, T) each; segment is 0 in the context and 1 to 4 in the endings. `where` (N,)
+    are the places in the flattened rows from which the tokens `targets` (N,) are predicted, ending by ending.
     """
     B, T = len(examples), max(map(row_length, examples))
     idx, positions, segment = np.zeros((3, B, T), dtype=np.int64)
@@ -188,8 +195,10 @@ def pack(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
         for number, ending in enumerate(endings, 1):
             start, end = end, end + len(ending) - 1
             idx[row, start:end] = ending[:-1]
+            # Every ending has the positions behind the context, as if it were the only one.
             positions[row, start:end] = len(context) + np.arange(end - start)
             segment[row, start:] = number
+            # The last token of the context predicts the first token of all four endings.
             where += [row * T + len(context) - 1, *range(row * T + start, row * T + end)]
             targets += ending
     return tuple(torch.from_numpy(np.asarray(a)) for a in (idx, positions, segment, where, targets))

@@ -54,10 +54,9 @@ def test_goes_on_where_it_stopped(data_dir, tmp_path, monkeypatch):
     assert table(2, "32")[0][4] == "2"
     assert [event["step"] for event in metrics(cell, "event") if event["event"] == "resume"] == [1]
 
-    two, three, eight = (row[2:4] for row in table(1, "256", "--batches=2,3", "--micro_batch=1"))
-    assert (two, three, eight) == (["2", "256"], ["3", "256"], ["8", "256"])
+    [two, _] = table(1, "256", "--batches=2", "--micro_batch=1")
     train = metrics(tmp_path / "wikitext2_gpt2_2x256", "run")[-1]["config"]
-    assert (train["batch_size"], train["total_batch_size"]) == (1, 2 * 256)
+    assert (two[2], train["batch_size"], train["total_batch_size"]) == ("2", 1, 2 * 256)
     shutil.rmtree(tmp_path / "wikitext2_gpt2_8x32")
     row = table(5, "32", "--flags=--device=cpu --compile=False --max_steps=5 --val_interval=1 --log_interval=1")[0]
     losses = [record["loss"] for record in metrics(tmp_path / "wikitext2_gpt2_8x32", "train")]

@@ -37,9 +37,9 @@ def test_rows_that_work_fail_or_cannot_be_had_are_all_written_down(tmp_path):
     table = (out / "results.md").read_text()
     assert all(f"| {name} | {result['status']} |" in table for name, result in have.items())
     # Rows that are there stay when others are run, and one that does not fit into the time left is not begun.
-    assert start(out, "--only=machine", "--limit=10").communicate(timeout=60)
+    assert start(out, "--only=machine", "--limit=10").communicate(timeout=120)
     again = results(out)
-    assert again["machine"] == dict(name="machine", part="right", status="not run", result="10 s were left")
+    assert (again["machine"]["status"], again["machine"]["result"][:14]) == ("not run", "10 s were left")
     assert again["nanogpt"] == have["nanogpt"]
 
 
@@ -49,25 +49,17 @@ def test_a_stop_leaves_what_was_had_and_nothing_that_runs(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert {name: result["status"] for name, result in results(tmp_path).items()} == dict(
         machine="measured", precision="not run"
     )
     assert "--dtype=bfloat16" not in log.read_text()  # the row's second run
 
 
-def test_an_unknown_row_is_refused(tmp_path):
-    process = start(tmp_path / "out", "--only=machin")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "no machin" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_machine_without_a_card_is_refused(tmp_path, monkeypatch):
+def test_an_unknown_row_and_a_machine_without_a_card_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "CUDA_VISIBLE_DEVICES", "")
-    process = start(tmp_path / "out", "--device=cuda")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "--device=cpu" in said.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    for flag, told in (("--only=machin", "no machin"), ("--device=cuda", "--device=cpu")):
+        process = start(tmp_path / "out", flag)
+        said, _ = process.communicate(timeout=120)
+        assert (process.returncode, told in said.splitlines()[-1]) == (2, True)
+        assert not (tmp_path / "out").exists()

@@ -1,4 +1,7 @@
+"""hellaswag.py beside its definition: every ending behind its context, alone."""
+
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -8,61 +11,38 @@ import pytest
 import requests
 import torch
 from conftest import call
+from test_evaluate import MODELS, save
 
-import checkpoint
 import hellaswag
 from configurator import UserError
 from distributed import World
-from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
-EAGER = contextlib.nullcontext()
-MODELS = {
-    "gpt2": dict(),
-    "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu"),
-    "relu2 untied qk-norm": dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights=False),
-}
-
-
-def make(**flags):
-    """Random weights, large enough that what is attended to matters; the vocabulary is padded from 257 to 320."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, **flags))
-    for p in model.parameters():
-        p.data *= 5 if p.dim() == 2 else 1
-    return model.eval()
+HOW = World("cpu"), contextlib.nullcontext()
+RNG = random.Random(5)
+# Contexts from one letter to more than block_size; endings of one token to 24.
+LETTERS = [
+    "A",
+    *(" ".join(RNG.choices("a bee can dig <|endoftext|> gnü hill".split(), k=k)) for k in (1, 2, 5, 9, 14, 20)),
+]
+ROWS = [
+    {"ctx": text, "label": RNG.randrange(4), "endings": ["", *("xyz "[: RNG.randint(1, 4)] * 5 + i for i in "012")]}
+    for text in LETTERS * 2
+]
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """Texts of all lengths: from one letter to more than block_size; endings of one token to 24."""
-    rng = random.Random(0)
-    words = "a bee can dig every fig <|endoftext|> gnü hill".split()
-    texts = ["A", *(" ".join(rng.choices(words, k=k)) for k in (1, 2, 3, 5, 9, 14, 20, 3, 5, 4, 7))]
-    return [
-        {"ctx": text, "label": rng.randrange(4), "endings": ["", *("xyz "[: rng.randint(1, 4)] * 5 + i for i in "012")]}
-        for text in texts
-    ]
-
-
-@pytest.fixture(scope="module")
-def path(rows, tmp_path_factory):
+def path(tmp_path_factory):
+    """With blank lines, as editors and downloads leave them."""
     file = tmp_path_factory.mktemp("hellaswag") / "val.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("\n" + "".join(json.dumps(row) + "\n" for row in ROWS) + "\n \n")
     return file
 
 
-@pytest.fixture(scope="module")
-def checkpoint_path(tmp_path_factory):
-    model = make()
-    state = {"step": 1, "model": model.state_dict(), "gpt_config": vars(model.config), "tokenizer": "bytes"}
-    return checkpoint.save(state, tmp_path_factory.mktemp("run"), keep=0, best_step=None)
-
-
 @torch.no_grad()
-def one_by_one(model, rows):
-    """The definition: every ending behind its context, alone. Summed losses (n, 4), acc and acc_norm."""
+def one_by_one(model, rows=ROWS):
+    """Summed losses (n, 4), acc and acc_norm."""
     losses, right, right_norm = [], 0, 0
     for row in rows:
         ctx = list(row["ctx"].encode())
@@ -80,15 +60,16 @@ def one_by_one(model, rows):
 
 
 @pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS.keys())
-def test_equals_one_ending_at_a_time(flags, rows, path):
-    model = make(**flags)
-    losses, acc, acc_norm = one_by_one(model, rows)
+def test_equals_one_ending_at_a_time(flags, path, tmp_path, cudnn):
+    model = save(tmp_path, block_size=64, **flags)
+    losses, acc, acc_norm = one_by_one(model)
     assert acc != acc_norm  # so that neither can pass for the other
     examples = hellaswag.load(path, BYTES, 64)
+    cudnn.clear()
     for max_tokens in (1, 200, 10**6):
-        ours = hellaswag.ending_losses(model, examples, max_tokens, World("cpu"), EAGER)
-        assert abs(ours - losses).max() < 1e-4
-        assert hellaswag.score(model, examples, max_tokens, World("cpu"), EAGER) == (acc, acc_norm, len(rows))
+        assert abs(hellaswag.ending_losses(model, examples, max_tokens, *HOW) - losses).max() < 1e-4
+        assert hellaswag.score(model, examples, max_tokens, *HOW) == (acc, acc_norm, len(ROWS))
+    assert set(cudnn) == {False}  # it would make a plan for every new shape
 
 
 class Rank:
@@ -98,36 +79,32 @@ class Rank:
         self.rank, self.size, self.is_main, self.sum = rank, size, rank == 0, list
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_any_number_of_processes(size, path):
-    model = make()
-    examples = hellaswag.load(path, BYTES, 64)
-    assert len(hellaswag.make_batches(examples, 200)) % size  # the last round is short
-    whole = hellaswag.ending_losses(model, examples, 200, World("cpu"), EAGER)
-    forwards, parts = [], []
-    model.wte.register_forward_hook(lambda *_: forwards.append(rank))
-    for rank in range(size):
-        parts.append(hellaswag.ending_losses(model, examples, 200, Rank(rank, size), EAGER))
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_ranks_share_the_examples(size, path, tmp_path):
+    model, examples = save(tmp_path, block_size=64), hellaswag.load(path, BYTES, 64)
+    whole = hellaswag.ending_losses(model, examples, 200, *HOW)
+    parts = [hellaswag.ending_losses(model, examples, 200, Rank(rank, size), HOW[1]) for rank in range(size)]
     assert np.array_equal(sum(parts), whole)  # to the bit: batches are the same
-    assert len({forwards.count(rank) for rank in range(size)}) == 1  # a sharded model would hang otherwise
+    assert all((part > 0).any(axis=1).sum() < len(examples) for part in parts)
 
 
-def test_a_context_is_computed_once_and_logits_only_of_endings(rows, path):
-    model = make()
-    examples = hellaswag.load(path, BYTES, 64)
-    read, predicted = [], []
+def test_a_context_is_computed_once_and_logits_only_of_endings(path, tmp_path):
+    model, examples, read, predicted = save(tmp_path, block_size=64), hellaswag.load(path, BYTES, 64), [], []
     model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
     model.lm_head.register_forward_hook(lambda module, args, out: predicted.append(len(args[0])))
-    hellaswag.ending_losses(model, examples, 1, World("cpu"), EAGER)
-    endings = [len((" " + ending).encode()) for row in rows for ending in row["endings"]]
+    hellaswag.ending_losses(model, examples, 1, *HOW)
+    endings = [len((" " + ending).encode()) for row in ROWS for ending in row["endings"]]
     assert sum(predicted) == sum(endings)
     assert sum(read) == sum(len(example.context) for example in examples) + sum(endings) - len(endings)
-    for batch in hellaswag.make_batches(examples, 300):
-        assert len(batch) == 1 or len(batch) * max(hellaswag.row_length(examples[i]) for i in batch) <= 300
+    batches = hellaswag.make_batches(examples, 300)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(ROWS)))
+    assert all(len(b) == 1 or len(b) * max(hellaswag.row_length(examples[i]) for i in b) <= 300 for b in batches)
+    assert len(batches) < len(ROWS)
+    assert hellaswag.score(model, examples, 1, *HOW, stop=read) is None  # as by a signal
 
 
-def test_training_is_not_disturbed(path):
-    model, compilations = make(dropout=0.1).train(), []
+def test_training_is_not_disturbed(path, tmp_path):
+    model, compilations = save(tmp_path, block_size=64, dropout=0.1).train(), []
 
     def backend(module, inputs):
         compilations.append(1)
@@ -139,113 +116,76 @@ def test_training_is_not_disturbed(path):
     compiled, state = len(compilations), torch.get_rng_state()
     assert compiled
     examples = hellaswag.load(path, BYTES, 64)
-    scores = [hellaswag.score(model, examples, n, World("cpu"), EAGER) for n in (100, 1000)]
+    scores = [hellaswag.score(model, examples, n, *HOW) for n in (100, 1000)]
     assert scores[0] == scores[1]  # no dropout
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     model(idx, idx).backward()
     assert len(compilations) == compiled
-    hellaswag.score(model.eval(), examples, 1000, World("cpu"), EAGER)
+    hellaswag.score(model.eval(), examples, 1000, *HOW)
     assert not model.training
 
 
-def test_as_a_user_runs_it(rows, path, checkpoint_path, monkeypatch):
-    _, acc, acc_norm = one_by_one(make(), rows)
-    want = {"model": str(checkpoint_path), "acc": acc, "acc_norm": acc_norm, "n": len(rows)}
-    args = [f"--model={checkpoint_path}", f"--data={path}", "--device=cpu"]
-    for more in ([], ["--batch_size=50"]):
-        done = call("hellaswag.py", *args, *more)
-        assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
-    done = call("hellaswag.py", *args, "--batch_size=1", processes=3)
-    assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
-    monkeypatch.setenv("HOME", str(path.parent))
-    home = call("hellaswag.py", args[0], f"--data=~/{path.name}", "--device=cpu")
-    assert json.loads(home.stdout.splitlines()[-1]) == want, home.stderr
+def test_as_a_user_runs_it(path, tmp_path):
+    _, acc, acc_norm = one_by_one(save(tmp_path, block_size=64))
+    args = [f"--model={tmp_path}", f"--data={path}", "--device=cpu", "--batch_size=1"]
+    for more in ({}, {"processes": 3}):
+        done = call("hellaswag.py", *args, **more)
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert (said["acc"], said["acc_norm"], said["n"]) == (acc, acc_norm, len(ROWS)), done.stderr
     few = json.loads(call("hellaswag.py", *args, "--limit=5").stdout)
-    assert (few["n"], few["acc"]) == (5, one_by_one(make(), rows[:5])[1])
+    assert (few["n"], few["acc"]) == (5, one_by_one(save(tmp_path, block_size=64), ROWS[:5])[1])
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"ctx": "a", "endi', "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('{"label": ' + "9" * 5000 + "}", "not JSON"),
-        ('["ctx"]', "'ctx'"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "'label'"),
-        ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}', "4"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", 4], "label": 0}', "4"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "label is 4"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": "1"}', "label is '1'"),
-        ('{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 1}', "ctx"),
-        (json.dumps({"ctx": "a", "endings": ["a", "b", "c", "d" * 64], "label": 1}), "65 tokens"),
-    ],
-)
-def test_a_bad_line_is_named(line, message, path, tmp_path, checkpoint_path):
-    bad = tmp_path / "bad.jsonl"
-    good = path.read_text().splitlines()[0]
-    bad.write_text(f"{good}\n{line}\n{good}\n")
-    done = call("hellaswag.py", f"--model={checkpoint_path}", f"--data={bad}", "--device=cpu")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert f"{bad}:2: " in done.stderr
-    assert message in done.stderr
-    assert call("hellaswag.py", f"--model={checkpoint_path}", f"--data={bad}", "--limit=1").returncode == 0
+def test_mistakes(path, tmp_path):
+    def refused(message, data, *args):
+        done = call("hellaswag.py", f"--model={tmp_path}", "--device=cpu", f"--data={data}", *args)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert message in done.stderr
 
-
-def test_other_mistakes(path, tmp_path, checkpoint_path):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "latin1.jsonl").write_bytes(b'{"ctx": "caf\xe9"}\n')
-    state = checkpoint.load(checkpoint_path) | {"tokenizer": None}
-    unknown = checkpoint.save(state, tmp_path, keep=0, best_step=None)
-    for args in (
-        [f"--data={tmp_path / 'missing.jsonl'}"],
-        [f"--data={tmp_path / 'empty.jsonl'}"],
-        [f"--data={tmp_path / 'latin1.jsonl'}"],
-        [f"--data={path}", "--limit=0"],
-        [f"--data={path}", f"--model={unknown}"],
-    ):
-        done = call("hellaswag.py", f"--model={checkpoint_path}", "--device=cpu", *args)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), args
+    save(tmp_path, block_size=64)
+    bad, good = tmp_path / "bad.jsonl", json.dumps(ROWS[0])
+    row = {"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 0}
+    for line in (
+        '{"ctx": "a", "endi', "[]", "{}", row | {"endings": ["a", "b", "c"]}, row | {"endings": ["a", "b", "c", 4]},
+        row | {"label": 4}, row | {"label": "1"}, row | {"ctx": ""}, row | {"endings": ["a", "b", "c", "d" * 64]},
+    ):  # fmt: skip
+        bad.write_text(f"{good}\n\n{line if isinstance(line, str) else json.dumps(line)}\n{good}\n")
+        refused(f"{bad}:3: not an example of HellaSwag: ", bad)
+        assert len(hellaswag.load(bad, BYTES, 64, limit=1)) == 1
+    bad.write_text("\n")
+    refused("bad.jsonl: no examples", bad)
+    refused("missing.jsonl: No such file", tmp_path / "missing.jsonl")
+    refused(f"{tmp_path}: Is a directory", tmp_path)
+    refused("limit = 0", path, "--limit=0")
+    save(tmp_path, tokenizer=None, block_size=64)
+    refused("tokenizer", path)
 
 
 def test_download(path, tmp_path, monkeypatch):
     """Once, and whole or not at all."""
     monkeypatch.chdir(tmp_path)
-    data, asked = path.read_bytes(), []
+    asked, answer = [], requests.Response()
+    answer.status_code, answer._content = 404, path.read_bytes()
 
-    def get(url, **kwargs):
-        asked.append(url)
-        response = requests.Response()
-        response.status_code, response._content = 200, data
-        return response
+    def fails(message):
+        with pytest.raises(UserError, match=f"data/hellaswag/hellaswag_val.jsonl: .*{message}"):
+            hellaswag.load(None, BYTES, 64)
+        assert not list(tmp_path.rglob("*.*"))
 
-    def refuse(url, **kwargs):
-        raise requests.ConnectionError("no network")
-
-    monkeypatch.setattr(requests, "get", refuse)
-    with pytest.raises(UserError, match="ConnectionError"):
-        hellaswag.download()
-    monkeypatch.setattr(requests, "get", get)
-    with pytest.raises(UserError, match="sha256"):
-        hellaswag.download()
-    assert not list(tmp_path.rglob("*.*"))
-    monkeypatch.setattr(hellaswag, "SHA256", hellaswag.hashlib.sha256(data).hexdigest())
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/x")
+    fails("invalid path: /x; put there what https")
+    monkeypatch.setattr(requests, "get", lambda url, **kwargs: asked.append(url) or answer)
+    fails("404")
+    answer.status_code = 200
+    fails("sha256")
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda fd: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-        with pytest.raises(UserError, match=r"hellaswag_val.jsonl: No space left"):
-            hellaswag.load(None, BYTES, 64)
-    assert not list(tmp_path.rglob("*.*"))
-    asked.pop()
+        fails("No space left")
     for _ in range(2):
-        examples = hellaswag.load(None, BYTES, 64)
-    assert asked == [hellaswag.URL] * 2  # the refused one, and one more
-    assert examples == hellaswag.load(path, BYTES, 64)
-    assert [file.name for file in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
-    (tmp_path / hellaswag.VAL_FILE).write_bytes(data[:-9])
+        assert hellaswag.load(None, BYTES, 64) == hellaswag.load(path, BYTES, 64)
+    assert asked == [hellaswag.URL] * 4  # the last time it was there
+    (tmp_path / "data/hellaswag/hellaswag_val.jsonl").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"hellaswag_val.jsonl.*sha256"):
-        hellaswag.download()
-
-
-def test_attention_is_not_cudnns(path, cudnn):
-    hellaswag.score(make(), hellaswag.load(path, BYTES, 64), 1000, World("cpu"), EAGER)
-    assert set(cudnn) == {False}
+        hellaswag.load(None, BYTES, 64)

@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rows import ROWS, Card, Row, Skip, prepare
 
 stopped: list[int] = []  # the signals that asked this process to end
@@ -25,6 +24,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("full", "small"), help="default: full on cuda, small on a CPU")
     parser.add_argument("--limit", type=float, default=530, help="seconds for right, and as many for fast")
     parser.add_argument("--text", help="a text file to train on; for report C tiny Shakespeare")
+    parser.add_argument("--resume", action="store_true", help="do not run rows again that have a good result")
     parser.add_argument("--nanogpt", help="a folder with nanoGPT's model.py, to be measured too")
     for name in ("row", "work", "seconds"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of a row's own process
@@ -45,10 +45,22 @@ def main() -> int:
         parser.error(
             f"--only={given.only}: no {', '.join(sorted(unknown))}; rows: {' '.join(row.name for row in ROWS)}"
         )
+    import torch  # it takes a while
+
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA card; --device=cpu rehearses with small models")
+    if text and not Path(text).is_file():
+        parser.error(f"--text={text}: there is no such file")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        parser.error(f"torch {torch.__version__} is too old: 2.11 or newer is needed")
     out.mkdir(parents=True, exist_ok=True)
-    results = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else []
+    try:
+        results = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else []
+    except ValueError:
+        parser.error(f"{out / 'results.json'} is damaged; move it away")
+    if given.resume:  # rows that have a result are not run again
+        done = {result["name"] for result in results if result["status"] in ("ok", "measured")}
+        chosen = [row for row in chosen if row.name not in done]
     kept = {result["name"]: result for result in results}
     kept |= {row.name: dict(name=row.name, part=row.part, status="not run", result="") for row in chosen}
     with tempfile.TemporaryDirectory() as work:
@@ -71,7 +83,7 @@ def driven(card: Card, row: Row, left: float) -> dict:
     """Run a row in a process of its own, killed where it takes thrice its time; what to record of it."""
     about = dict(name=row.name, part=row.part)
     if left < (20 if card.small else row.seconds):
-        return about | dict(status="not run", result=f"{left:.0f} s were left")
+        return about | dict(status="not run", result=f"{left:.0f} s were left; the same command with --resume goes on")
     seconds = min(left, 3 * row.seconds)
     answer = card.work / "answer.json"
     answer.unlink(missing_ok=True)
