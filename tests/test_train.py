@@ -10,7 +10,7 @@ import conftest
 import pytest
 import requests
 import torch
-from conftest import MODEL, ROOT, TRAIN, call, metrics, run
+from conftest import MODEL, ROOT, TRAIN, call, metrics, run, write_shard
 
 import hellaswag
 import report
@@ -170,6 +170,17 @@ def test_resume_on_three_processes_equals_a_straight_run(data_dir, tmp_path):
     assert losses(b) == losses(a)
     x, y = (torch.load(p / "ckpt_000016.pt", weights_only=True)["model"] for p in (a, b))
     assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_dropout_differs_from_step_to_step(tmp_path):
+    """The same single window and a learning rate of 0: only what is dropped can change the loss."""
+    write_shard(tmp_path / "x_train_000001.bin", range(33))
+    flags = ["--batch_size=1", "--total_batch_size=32", "--val_interval=0", "--max_steps=4", "--vocab_size=64"]
+    flags += ["--learning_rate=0", "--min_lr=0"]
+    for dropout, different in ((0.0, 1), (0.5, 4)):
+        out = tmp_path / str(dropout)
+        assert train(tmp_path, out, *flags, f"--dropout={dropout}").returncode == 0
+        assert len(set(losses(out).values())) == different
 
 
 def test_the_average_is_what_is_measured_and_saved(data_dir, tmp_path):
