@@ -120,6 +120,7 @@ def start(who, folder):
         if who == "ours":
             sys.path.insert(0, ROOT)
             import numpy as np
+
             from files import shard_header
 
             data = np.random.default_rng(0).integers(0, 65, 1_000_000).astype("<u2")
