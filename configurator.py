@@ -3,12 +3,15 @@
     python train_gpt2.py config/gpt2_124m.py --batch_size=32 --compile=False
 
 Config files are Python assignments. They run in order, then the flags: a later value wins. Every name and type is
-checked against the dataclasses, and a mistake is one line that says what, where and what to do.
+checked against the dataclasses. A mistake is one line that says what is wrong, where, and what to do.
 """
 
 import ast
+import contextlib
+import ctypes
 import difflib
 import inspect
+import json
 import os
 import re
 import signal
@@ -22,20 +25,22 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 PathStr = Annotated[str, "a path"]  # an option of this type may begin with ~/
-ALIASES = {  # what nanoGPT calls an option, and what it is called here
+NANOGPT = {  # nanoGPT's names, and what to use here
     "lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "warmup_steps", "eval_interval": "val_interval",
-    "eval_iters": "val_tokens", "gradient_accumulation_steps": "total_batch_size", "dataset": "data_dir",
+    "dataset": "data_dir", "lr_decay_iters": "max_steps (the learning rate decays until max_steps)",
+    "decay_lr": "schedule (--schedule=constant for decay_lr=False)", "eval_iters": "val_tokens (counted in tokens)",
+    "gradient_accumulation_steps": "total_batch_size (tokens per step, over all GPUs)",
+    "wandb_log": "log_to (--log_to=wandb)", "eval_only": "evaluate.py (it measures a model and does not train)",
 }  # fmt: skip
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
+MEMORY_ERRORS = "out of memory|ALLOC_FAILED|bad_alloc|can't allocate memory|not enough memory|Cannot allocate memory"
 LESS_MEMORY = "use a smaller --batch_size, or in training --activation_checkpointing=True --chunked_loss=True"
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
-
-
 class UserError(Exception):
-    """The user's mistake, in one line: what is wrong, where, and what to do. `cli` turns it into exit status 2.
+    """A mistake of the user, in one line: what is wrong, where, and what to do. `cli` exits with status 2.
 
-    `alone`: only this process raises it. As a rule all processes raise the same, and one of them prints it.
+    `alone`: only this process raises it. By default all processes raise the same, and one of them prints it.
     """
 
     def __init__(self, message: str, alone: bool = False):
@@ -44,57 +49,74 @@ class UserError(Exception):
 
 
 def configure(*classes: type, argv: list[str] | None = None, positional: str | None = None) -> tuple:
-    """Fill dataclasses, which share one namespace of names, from the command line (default: sys.argv). What is neither
-    a flag nor a config file (.py) is the value of the option `positional`. Raises UserError.
+    """Fill dataclasses, whose options share one namespace, from the command line (default: sys.argv).
 
-    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}): and where each name was set.
+    ['config/a.py', '--lr=1e-3'], (A, B) -> (A(...), B(...), {'lr': '--lr', ...}); the last says where each option was
+    set. An argument that is neither a flag nor a .py file sets the option `positional`. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(classes, positional))
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(classes, positional))
         sys.exit(0)
+
+    # Read the settings, files first and then flags: a later one of the same name wins.
     hints = {name: hint for cls in classes for name, hint in hints_of(cls).items()}
     values, given = {}, {}
-    for arg in sorted(argv, key=lambda arg: arg.startswith("-")):  # files first
-        if positional and not arg.startswith("-") and not arg.endswith(".py"):
+    for arg in sorted(argv, key=lambda arg: arg.startswith("-")):
+        if arg.startswith("-"):
+            settings = [read_flag(arg, hints)]
+        elif positional and not arg.endswith(".py"):
             settings = [(positional, arg, arg)]
         else:
-            settings = [read_flag(arg, hints)] if arg.startswith("-") else read_file(arg, hints)
+            settings = read_file(arg, hints)
         for name, value, where in settings:
             values[name], given[name] = check(name, value, hints, where), where
+
+    # Build the dataclasses. A rule across options (ValueError in __post_init__) names the places that it is about.
     instances = []
     for cls in classes:
         own = {name: values[name] for name in hints_of(cls) if name in values}
         try:
             instances.append(cls(**own))
-        except ValueError as error:  # a rule across options, from __post_init__
+        except ValueError as error:
             where = [given[name] for name in own if re.search(rf"\b{name}\b", str(error))]
             raise UserError(f"{', '.join(dict.fromkeys(where))}: {error}" if where else str(error)) from None
     return *instances, given
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)  # with PathStr, which is a plain str otherwise
+    return typing.get_type_hints(cls, include_extras=True)  # keeps PathStr, which is a plain str otherwise
 
 
 def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
-    """Execute a config file -> [(name, value, 'file:line')] of its public names, and of options that it imports."""
+    """Run a config file -> [(name, value, 'file:line')] of its public names and of the options it imports."""
     if not path.endswith(".py"):
         raise UserError(f"{path}: not a config file (.py), and options look like --name=value")
+    if not os.path.isfile(path):
+        others = [str(other) for other in Path(path).parent.glob("*.py")]
+        raise UserError(f"{path}: no such config file{nearest(path, others)}")
     namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
-        tree = ast.parse(Path(path).read_bytes(), path)
+        source = Path(path).read_bytes()
+        tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), namespace)
-    except FileNotFoundError as error:
-        others = [str(other) for other in Path(path).parent.glob("*.py")]
-        raise UserError(f"{path}: {error.strerror}{nearest(path, others)}") from None
-    except Exception as error:
+    except Exception as error:  # the file may be unreadable, and the user's own code may fail in any way
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
+
+    # Names that the file assigns, with the line of the last assignment; names starting with _ are helpers.
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: f"{path}:{node.lineno}" for node in sorted(names, key=lambda node: node.lineno)}
     public = [name for name in namespace if name in known or (name in lines and not name.startswith("_"))]
+    for name in set(public) - set(known):
+        # A config's head comment shows its command, "python fineweb.py config/data/imdb.py": is that of another script?
+        command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
+        if command and command[1] != os.path.basename(sys.argv[0]):
+            raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
+        advice = nearest(name, known) or f"; a helper variable starts with an underscore: _{name}"
+        raise UserError(f"{lines[name]}: unknown option {name!r}{advice}")
     return [(name, namespace[name], lines.get(name, path)) for name in public]
 
 
@@ -105,23 +127,28 @@ def read_flag(flag: str, hints: dict[str, Any]) -> tuple[str, Any, str]:
         raise UserError(f"{flag}: options look like --name=value{nearest(name.strip('-'), hints)}")
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
-    except Exception:
+    except Exception:  # not a literal: a text; literal_eval raises many kinds of errors
         value = text
-    kinds = kinds_of(hints.get(name))  # a folder may be called 2024: where a string is wanted, that is the value
-    return name, text if fits(text, kinds) and not fits(value, kinds) else value, f"--{name}"
+    # Where the option is a string, the text counts as it is: a folder may be called 2024, and quotes are kept.
+    kinds = kinds_of(hints.get(name))
+    as_typed = fits(text, kinds) and (isinstance(value, str) or not fits(value, kinds))
+    return name, text if as_typed else value, f"--{name}"
 
 
 def check(name: str, value: Any, hints: dict[str, Any], where: str) -> Any:
     """The value as its annotation wants it (1 -> 1.0 for a float, 1e4 -> 10000 for an int), or a UserError."""
     if name not in hints:
         raise UserError(f"{where}: unknown option {name!r}{nearest(name, hints)}")
+    if (name, value) == ("init_from", "resume"):
+        raise UserError(f"{where}: init_from = 'resume' is nanoGPT's; use --resume=True")
     kinds = kinds_of(hints[name])
     if type(value) is int and float in kinds and int not in kinds:
         value = float(value)
     if type(value) is float and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)
     if not fits(value, kinds):
-        wanted = [kind.__name__.removesuffix("Type") if isinstance(kind, type) else repr(kind) for kind in kinds]
+        words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+        wanted = [words.get(kind, "None") if isinstance(kind, type) else repr(kind) for kind in kinds]
         near = nearest(value, [kind for kind in kinds if isinstance(kind, str)]) if isinstance(value, str) else ""
         raise UserError(f"{where}: {name} = {value!r}, but it must be {' or '.join(wanted)}{near}")
     return os.path.expanduser(value) if isinstance(value, str) and "a path" in str(hints[name]) else value
@@ -135,45 +162,51 @@ def kinds_of(hint: Any) -> list:
 
 
 def fits(value: Any, kinds: list) -> bool:
-    finite = type(value) is not float or abs(value) < float("inf")  # NaN is not, either
+    finite = type(value) is not float or abs(value) < float("inf")  # False for NaN as well
     return finite and any(type(value) is kind if isinstance(kind, type) else value == kind for kind in kinds)
 
 
 def at_least(instance: Any, least: float, *names: str) -> None:
-    """A rule for __post_init__: raises ValueError where one of these options is below `least`; None is not."""
-    for name in names:
-        value = getattr(instance, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} = {value}, but it must be at least {least}")
+    """A rule for __post_init__: raises ValueError if one of these options is below `least`. None passes."""
+    within(instance, least, float("inf"), *names)
 
 
 def within(instance: Any, least: float, most: float, *names: str) -> None:
-    """A rule for __post_init__: raises ValueError where one of these options is outside least..most; None is not."""
+    """A rule for __post_init__: raises ValueError if one of these options is not in least..most. None passes."""
     for name in names:
         value = getattr(instance, name)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} = {value}, but it must be {least} to {most}")
+            wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+            raise ValueError(f"{name} = {value}, but it must be {wanted}")
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """'; did you mean X?' for the closest of the known words, or one that means the same; or ''."""
-    alias = ALIASES.get(word)
-    matches = [alias] if alias in known else difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """'; did you mean X?' with the closest known word, or with what replaces a name of nanoGPT; else ''."""
+    answer = NANOGPT.get(word, "none")
+    replacement = answer.split()[0]
+    if replacement in known or replacement.endswith(".py"):
+        return f"; did you mean {answer}?"
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def help_text(classes: Collection[type], positional: str | None = None) -> str:
-    """Every option with its default, its choices and the comment behind it in the dataclass's source."""
+    """Every option with its default, choices and comment, grouped as in the dataclass's source."""
     script = os.path.basename(sys.argv[0]) + (f" [{positional.upper()}]" if positional else "")
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
     lines += [f"usage: python {script} [config/file.py ...] [--name=value ...]"]
-    for cls in [part for whole in classes for part in whole.__mro__[:-1]]:  # what it inherits comes behind its own
-        comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-        lines += ["", f"{cls.__name__}:"]
-        for name in inspect.get_annotations(cls):
-            default = f"--{name}={cls.__dataclass_fields__[name].default}"
-            choices = " or ".join(repr(kind) for kind in kinds_of(hints_of(cls)[name]) if isinstance(kind, str))
-            lines += [f"  {default:<36} {choices}{'; ' * bool(choices)}{comments.get(name, '')}".rstrip(" ;")]
+    for cls in [part for whole in classes for part in whole.__mro__[:-1]]:  # own options, then inherited ones
+        hints, heading = hints_of(cls), cls.__name__
+        # A comment line in the class body starts a group. An option is "name: type = default  # comment".
+        for line in inspect.getsource(cls).partition("def ")[0].splitlines():
+            if group := re.fullmatch(r" +# (.*)", line):
+                heading = group[1]
+            elif option := re.fullmatch(r" +(\w+): (?:.*?  # (.*)|.*)", line):
+                lines += ["", f"{heading}:"] if heading else []
+                heading, name, comment = "", option[1], option[2] or ""
+                choices = "|".join(kind for kind in kinds_of(hints[name]) if isinstance(kind, str))
+                default = f"--{name}={cls.__dataclass_fields__[name].default}"
+                lines += [f"  {default:<32} {choices}{'  ' * bool(choices)}{comment}".rstrip()]
     return "\n".join(lines)
 
 
@@ -184,22 +217,22 @@ def help_text(classes: Collection[type], positional: str | None = None) -> str:
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's `main` and exit with what it returns; a UserError becomes one line on stderr and status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts switch it off while they import
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, progress_bars=True)
     try:
         status = main() or 0
     except UserError as error:
         if not error.alone and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # torchrun kills all processes once one ends; local rank 0 needs time to print
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
-        status = 130  # as a shell calls it
+        status = 130  # the shell's number for Ctrl-C
     except Exception as error:
         memory = out_of_memory(error)
         if not memory and not under_torchrun():
             raise
-        print(f"error: {memory}; {LESS_MEMORY}" if memory else traceback.format_exc(), file=sys.stderr, flush=True)
+        tell(f"error: {memory}; {LESS_MEMORY}" if memory else traceback.format_exc())
         status = 2 if memory else 1
     if under_torchrun():  # skip Python's shutdown, which gloo's threads sometimes abort
         sys.stdout.flush()
@@ -207,44 +240,59 @@ def cli(main: Callable[[], int | None]) -> typing.NoReturn:
     sys.exit(status)
 
 
+def tell(text: str) -> None:
+    """Print why this process ends. torchrun's own report follows on stderr; it ends with what its error file holds."""
+    print(text, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # on a full disk, the line above has to do
+            Path(path).write_text(json.dumps({"message": message}))
+
+
 def under_torchrun() -> bool:
     """Whether torchrun, or something that sets the same variables, started this process as one of a group."""
     return all(name in os.environ for name in TORCHRUN)
 
 
-class Output:
-    """stdout or stderr: once it fails (a closed pipe, a full disk, a lost terminal), what is printed goes nowhere."""
+def end_with_torchrun() -> None:
+    """Ask Linux for a SIGTERM when torchrun dies, however it dies. Call it before the slow imports."""
+    if under_torchrun() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
-    def __init__(self, stream: IO | None):
+
+class Output:
+    """stdout or stderr, with two changes. Once it fails (a closed pipe, a full disk, a lost terminal), prints go
+    nowhere and the run goes on. And control characters do not reach a terminal: a model's text could steer it."""
+
+    def __init__(self, stream: IO | None, progress_bars: bool = False):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed before Python started)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
+        harmless = r"(?!\r|\x1b\[[AK])" if progress_bars else ""  # to the line's start, up a line, erase the line
+        self.control = re.compile(harmless + r"[\x00-\x08\x0b-\x1f\x7f-\x9f]") if self.stream.isatty() else None
 
     def write(self, text: str) -> int:
-        return self.attempt("write", text)
+        if self.control:
+            text = self.control.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self.attempt("flush")
-
-    def attempt(self, method: str, *args: str) -> Any:
-        try:
-            return getattr(self.stream, method)(*args)
-        except OSError:
-            self.stream = open(os.devnull, "w")  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:  # fileno, isatty, encoding, ...
         return getattr(self.stream, name)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or torch raised it because memory ran out, on a GPU or on the CPU."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU. torch says so in many words, mostly in a plain RuntimeError."""
+    return isinstance(error, MemoryError) or bool(re.search(MEMORY_ERRORS, str(error)))
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """'out of memory (2.00 GiB more were wanted)' where Python or torch raised it for that, on a GPU or a CPU."""
-    if not is_out_of_memory(error):
-        return None
+def out_of_memory(error: BaseException) -> str | None:
+    """'out of memory (2.00 GiB more were wanted)' if that is why Python or torch raised this error; else None."""
     wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
-    return "out of memory" + (f" ({wanted[1]} more were wanted)" if wanted else "")
+    more = f" ({wanted[1]} more were wanted)" if wanted else ""
+    return f"out of memory{more}" if is_out_of_memory(error) else None

@@ -267,15 +267,7 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
 
 
 def rate(run: Run, step: int) -> float:
-    """The learning rate of this step. Where no length is given, warm-up takes 5% of the steps, but at most 715."""
-    config, warmup = run.config, run.config.warmup_steps
-    if config.warmup_fraction is not None:
-        warmup = round(config.warmup_fraction * run.max_steps)
-    elif warmup is None:
-        warmup = min(715, round(0.05 * run.max_steps))
-    return learning_rate(
-        step, config.schedule, config.learning_rate, config.min_lr, warmup, run.max_steps, config.decay_fraction
-    )
+    return learning_rate(step, run.config, run.max_steps)
 
 
 def finished(run: Run, state: State) -> bool:

@@ -14,7 +14,7 @@ optimizer = "adafactor"  # without a first moment; it clips its own updates, at 
 learning_rate = 5e-5
 min_lr = 0.0
 schedule = "linear"
-warmup_fraction = 0.1
+warmup_steps = 0.1  # of all steps
 weight_decay = 0.0
 grad_clip = 0.0
 

@@ -39,8 +39,7 @@ outer_decay = 0.001
 beta1 = 0.8
 beta2 = 0.95
 adam_eps = 1e-10
-muon_size = "spectral"
-newton_schulz = "exact"
+muon_update = "spectral"
 grad_clip = 0.0
 
 val_interval = 125

@@ -37,8 +37,6 @@ weight_decay = 1.0
 outer_decay = 0.002
 beta1 = 0.9
 beta2 = 0.9
-outer_beta1 = 0.8
-outer_beta2 = 0.95
 adam_eps = 1e-10
 grad_clip = 0.0
 

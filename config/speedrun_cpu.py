@@ -27,9 +27,7 @@ tie_weights = False
 head_bias = True
 logit_softcap = 15
 init = "zero"
-# on top: the recipe's loss in 0.82 of its steps, together with even_units
-value_embeds = 2
-head_gate = 12
+value_embeds = 2  # on top of the recipe
 
 batch_size = 16
 total_batch_size = 2048
@@ -49,8 +47,7 @@ outer_decay = 0.001
 beta1 = 0.8
 beta2 = 0.95
 adam_eps = 1e-10
-muon_size = "spectral"
-newton_schulz = "exact"
+muon_update = "spectral"
 even_units = True  # on top too
 grad_clip = 0.0
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ SIGNALS = [getattr(signal, name) for name in StopRequest.SIGNALS]
 torch.set_num_threads(1)  # models this small are slower on two
 os.fsync = lambda handle: None  # no test takes the power away; 30,000 of them would take 10 s
 ROOT = Path(__file__).parent.parent
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload("conftest torch._dynamo torch.distributed.fsdp train_gpt2 evaluate hellaswag".split())
 MODEL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"]
 TRAIN = [
     *MODEL, "--device=cpu", "--compile=False", "--batch_size=2", "--total_batch_size=256", "--warmup_steps=2",
@@ -66,14 +70,16 @@ def run(script, *args, processes=None, cwd=ROOT, **kwargs):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def call(script, *args, processes=None):
-    """The same inside this process, or in forks of it, which saves the seconds of starting Python and importing torch.
+def call(script, *args, processes=None, setup=None):
+    """The same without the seconds of starting Python and importing torch: inside this process, or in several forks.
 
     `processes`: as torchrun starts them; once one fails, the others are killed, and its status is that of all.
+    `setup`: a function of a test's module (not a local one) that each fork calls first. Use it where you would use
+    monkeypatch, which changes only this process.
     """
     main = importlib.import_module(script.removesuffix(".py")).main
     if processes:
-        return call_processes(main, args, processes)
+        return call_processes(main, args, processes, setup)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
@@ -88,13 +94,12 @@ def call(script, *args, processes=None):
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
 
 
-def call_processes(main, args, processes):
-    for name in ("torch._dynamo", "torch.distributed.fsdp"):  # what they will import: here once, and not in each
-        importlib.import_module(name)
+def call_processes(main, args, processes, setup=None):
     with socket.create_server(("127.0.0.1", 0)) as server:
         env = dict.fromkeys(TORCHRUN, str(processes)) | {"MASTER_PORT": str(server.getsockname()[1])}
         env |= {"MASTER_ADDR": "127.0.0.1"}
-    ranks = [Fork(main, *args, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    envs = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    ranks = [Fork(main, *args, env=env, setup=setup) for env in envs]
     failed = None
     while running := [rank for rank in ranks if rank.exitcode is None]:
         in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=60)
@@ -109,25 +114,41 @@ def call_processes(main, args, processes):
     return subprocess.CompletedProcess(args, failed.exitcode if failed else 0, out, err)
 
 
-class Fork(multiprocessing.get_context("fork").Process):
-    """A script's `main` in a copy of this process, in a session of its own. `exitcode` is -9 where SIGKILL ended it."""
+class Fork(FORKING.Process):
+    """A script's `main` in a process and session of its own. `exitcode` is -9 where SIGKILL ended it.
 
-    def __init__(self, main, *args, env=(), stdout=None):
+    The process is a fork of a server that has imported everything and has a single thread. Forks of pytest's own
+    process died or hung at times: it has run torch, and the threads of torch do not exist in a fork, but what they held
+    at that moment (locks, blocks of memory) does. `main` and `setup` are functions of a module: they are sent by name.
+    """
+
+    def __init__(self, main, *args, env=(), stdout=None, setup=None):
         super().__init__()
-        self.main, self.args, self.env = main, [main.__module__, *map(str, args)], dict(env)
+        self.main, self.args, self.setup = main, [getattr(main, "__module__", ""), *map(str, args)], setup
+        self.env = {**os.environ, **dict(env)}
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self.stdout, self.seen = stdout or self.out.fileno(), 0
-        self.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # for the server, which starts only once
+            patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # else a fork runs pytest's script
+            self.start()
         atexit.register(self.end)
+
+    def __getstate__(self):
+        """What is sent: open files as handles that the process gets copies of."""
+        return self.__dict__ | dict(out=None, err=DupFd(self.err.fileno()), stdout=DupFd(self.stdout))
 
     def run(self):
         os.setsid()
-        os.dup2(self.stdout, 1)
-        os.dup2(self.err.fileno(), 2)
+        os.dup2(self.stdout.detach(), 1)
+        os.dup2(self.err.detach(), 2)
         sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"))
+        os.environ.clear()
         os.environ.update(self.env)
-        torch.cuda.is_available = lambda: False  # CUDA survives no fork
+        torch.cuda.is_available = lambda: False  # these tests are of processes on a CPU
         sys.argv = self.args
+        if self.setup:
+            self.setup()
         cli(self.main)
 
     def read(self, stream="out"):
@@ -162,7 +183,9 @@ class Fork(multiprocessing.get_context("fork").Process):
         """Kill it, and what it has started, if it is still there: whatever failed, pytest must not wait for it."""
         atexit.unregister(self.end)  # which would keep its files open
         if self.is_alive():
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no session yet
+                os.killpg(self.pid, signal.SIGKILL)
+            self.kill()
             self.join()
 
 

@@ -189,7 +189,7 @@ def test_mistakes_are_one_line_and_status_2(flags, said):
         dict(mlp="relu2", bias=False),
         dict(qk_norm=True, tie_weights=False),
         dict(pos="rope", qk_norm=True),
-        dict(head_gate=12),
+        dict(value_embeds=1),
     ],
     ids=lambda flags: "-".join(flags) or "gpt2",
 )

@@ -341,7 +341,6 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
         ("attn_scale", dict(attn_scale=0.12)),
         ("embed_norm", dict(embed_norm=True)),
         ("value_embeds", dict(value_embeds=1)),
-        ("head_gate", dict(head_gate=4)),
         ("head_bias", dict(LLAMA, head_bias=True)),
         ("logit_softcap", dict(LLAMA, logit_softcap=15.0)),
     ],

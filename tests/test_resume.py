@@ -71,7 +71,7 @@ def fork(data_dir, out_dir, *args, main=train_gpt2.main, **kwargs):
 
 
 SPEEDRUN = [
-    "--optimizer=muon", "--muon_size=spectral", "--vector_lr=0.01", "--value_embeds=1", "--head_gate=8",
+    "--optimizer=muon", "--muon_update=spectral", "--vector_lr=0.01", "--value_embeds=1",
     "--even_units=True", "--average=0.3",
 ]  # fmt: skip
 

@@ -240,7 +240,7 @@ def test_one_row_that_is_not_finite(row):
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_packing_rounds_the_matrices_alone(num_samples):
     torch.manual_seed(0)
-    config = GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, head_gate=8)
+    config = GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, value_embeds=1)
     model, idx = GPT(config).eval(), torch.randint(64, (num_samples, 20))
     embedding = model.wte.weight.clone()
     rounded = copy.deepcopy(model)

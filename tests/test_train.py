@@ -166,7 +166,7 @@ def assert_same(out, want, atol=0.0):
 
 
 SPEEDRUN = [
-    "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--head_gate=8", "--embed_norm=True",
+    "--optimizer=muon", "--embed_lr=0.01", "--value_embeds=1", "--embed_norm=True",
     "--tie_weights=False", "--head_bias=True", "--logit_softcap=15", "--average=0.5", "--even_units=True",
 ]  # fmt: skip
 
@@ -293,7 +293,7 @@ def test_epochs(data_dir, tmp_path):
 
 def test_warmup_fraction_and_a_step_of_one_micro_batch(data_dir, tmp_path):
     flags = [
-        "--max_steps=10", "--warmup_fraction=0.3", "--schedule=linear", "--min_lr=0", "--total_batch_size=None",
+        "--max_steps=10", "--warmup_steps=0.3", "--schedule=linear", "--min_lr=0", "--total_batch_size=None",
         "--val_interval=0", "--resume=True",
     ]  # fmt: skip
     assert train(data_dir, tmp_path / "run", *flags).returncode == 0
