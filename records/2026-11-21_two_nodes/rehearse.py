@@ -123,7 +123,7 @@ def same(a: object, b: object) -> bool:
 
 def compare(run: Run, straight: Run, began: float) -> None:
     (state, losses), (want, want_losses) = run.result(), straight.result()
-    bits = all(same(state[name], want[name]) for name in ("model", "optimizers", "best", "step"))
+    bits = all(same(state[name], want[name]) for name in ("model", "optimizer", "best", "step"))
     resumed = [event["step"] for event in run.records("event") if event["event"] == "resume"]
     print(
         f"{run.folder.name}: resumed at {resumed}, {time.time() - began:.0f} s; "
