@@ -24,12 +24,11 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import lm_eval
 from lm_eval.models.huggingface import HFLM
-from weights import load_model
 
 from configurator import UserError, cli, configure
 from distributed import World
 from hellaswag import VAL_FILE, Example, ending_losses
-from huggingface import save_folder
+from huggingface import load_model, save_folder
 from tokenizer import get_tokenizer
 
 TOLERANCE = 1e-3  # nats, in a sum of float32 losses of up to some hundred tokens

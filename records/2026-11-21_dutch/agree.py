@@ -1,9 +1,8 @@
 """Do tiktoken, tokenizers and gigatoken give the same ids, document by document? And does decoding give the text back?
 
-python records/2026-11-21_dutch/agree.py TOKENIZER.json[,...] GLOB [...]     globs as fineweb.py's --files
+python records/2026-11-21_dutch/agree.py TOKENIZER.json[,...] GLOB [...]
 """
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,9 @@ import tokenizers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sources import find_files, open_file
+from documents import documents
 
-from tokenizer import ENDOFTEXT, BatchEncoder, get_tokenizer, has_new_characters
-
-
-def documents(pattern: str) -> Iterator[str]:
-    for path in find_files(pattern, "*/site-packages/*"):
-        if path.endswith(".parquet"):
-            read, _ = open_file(path, "text", None)
-            yield from (text for text, _ in read())
-        else:
-            with contextlib.suppress(UnicodeDecodeError):  # Python's tests have files in other encodings
-                yield Path(path).read_text(encoding="utf-8")
+from tokenizer import ENDOFTEXT, BatchEncoder, get_tokenizer
 
 
 def batches(texts: Iterator[str], size: int = 4_000_000) -> Iterator[list[str]]:
@@ -45,7 +34,7 @@ def compare(name: str, pattern: str) -> None:
     theirs.encode_special_tokens = True  # <|endoftext|> in a text is ordinary text, as in our shards
     encoder = BatchEncoder(enc, 1)
     assert encoder.gigatoken, "nothing to compare with"
-    counts = dict.fromkeys(("documents", "bytes", "tokens", "spelled", "tiktokens"), 0)
+    counts = dict.fromkeys(("documents", "bytes", "tokens", "spelled"), 0)
     differ = dict.fromkeys(("tokenizers", "gigatoken", "decoded"), 0)
     for texts in batches(documents(pattern)):
         raw = [text.encode() for text in texts]
@@ -60,7 +49,6 @@ def compare(name: str, pattern: str) -> None:
             counts["bytes"] += len(data)
             counts["tokens"] += len(ours)
             counts["spelled"] += ENDOFTEXT in text  # documents that contain the string
-            counts["tiktokens"] += has_new_characters([data])  # that BatchEncoder leaves to tiktoken
     print(name, pattern, counts, "differ:", differ, flush=True)
 
 

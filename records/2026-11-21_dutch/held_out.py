@@ -5,12 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sources import find_files, open_file
+from documents import documents
 
 from tokenizer import get_tokenizer
 
 for own, pattern in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    texts = [text for path in find_files(pattern, None) for text, _ in open_file(path, "text", None)[0]()]
+    texts = list(documents(pattern))
     size = sum(len(text.encode()) for text in texts)
     for name in (own, "gpt2"):
         tokens = sum(map(len, get_tokenizer(name).encode_ordinary_batch(texts, num_threads=1)))

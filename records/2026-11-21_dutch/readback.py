@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sources import find_files, open_file
-from weights import load_model
+from documents import documents
 
+from huggingface import load_model
 from sample import generate
 from tokenizer import get_tokenizer
 
@@ -18,7 +18,7 @@ run, folder, pattern = sys.argv[1:]
 model, tokenizer, path = load_model(run, torch.device("cpu"))
 enc, model = get_tokenizer(tokenizer), model.eval()
 theirs, their_enc = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-texts = [text for name in find_files(pattern, None) for text, _ in open_file(name, "text", None)[0]()]
+texts = list(documents(pattern))
 ids = [enc.encode_ordinary(text) for text in texts]
 differ = sum(a != their_enc(text)["input_ids"] for a, text in zip(ids, texts, strict=True))
 decoded = sum(their_enc.decode(a) != text for a, text in zip(ids, texts, strict=True))

@@ -14,10 +14,8 @@ import numpy as np
 import pyarrow.parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shards import find_shards
-
 from configurator import cli, configure
-from dataloader import open_shard
+from files import HEADER_BYTES, find_shards
 from tokenizer import get_tokenizer
 
 
@@ -35,7 +33,7 @@ def main() -> int:
             labels.setdefault(row["text"], []).append(row["label"])
     enc = get_tokenizer("gpt2")
     for split in ("train", "val"):
-        ids = np.concatenate([open_shard(path) for path in find_shards(config.data_dir, split)])
+        ids = np.concatenate([np.fromfile(p, "<u2", offset=HEADER_BYTES) for p in find_shards(config.data_dir, split)])
         reviews = np.split(ids, np.flatnonzero(ids == enc.eot_token))[1:]
         positive = [np.mean(labels[enc.decode(review[1:].tolist())]) for review in reviews]
         print(f"{split}: {len(reviews):,} reviews, {np.mean(positive):.4f} positive")

@@ -2,9 +2,9 @@
 
     python records/2026-11-21_two_nodes/rehearse.py 'DATA/*.parquet' FOLDER
 
-Each node prepares a part of the data. Then runs of the same 60 steps on 2 nodes, torchrun on each as a user starts it:
-straight; with a node killed and started again, at different moments; with both killed; the same where the nodes share
-no out_dir; and starts that must be refused, as a node has another option, other data, other code or no data.
+Runs of the same 60 steps on 2 nodes, torchrun on each as a user starts it: straight; with a node killed and started
+again, at different moments; with both killed; and starts that must be refused, because a node has another option, other
+data, other code, no data, or an out_dir of its own.
 """
 
 import json
@@ -73,28 +73,23 @@ def kill_node(name: str) -> None:
 class Run:
     """A training run on both nodes."""
 
-    def __init__(self, work: Path, name: str, shared: bool = True):
-        self.work, self.folder, self.shared = work, work / name, shared
+    def __init__(self, work: Path, name: str):
+        self.work, self.folder = work, work / name
         self.out = self.folder / "out"
         self.out.mkdir(parents=True)
         self.nodes: dict[str, subprocess.Popen] = {}
 
     def start(self, node: str, *options: str, code: Path = ROOT, mounts: dict | None = None) -> None:
-        own = {} if self.shared else {self.out: self.folder / f"disk of {node}".replace(" ", "_")}
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
             "--rdzv_backend=c10d", "--rdzv_endpoint=node1:29500", "--rdzv_id=7",
         ]  # fmt: skip
         train = [code / "train_gpt2.py", f"--data_dir={self.work}/data", f"--out_dir={self.out}", *TRAIN, *options]
         log = self.folder / f"{node}.log"
-        self.nodes[node] = on_node(node, self.work, [*torchrun, *train], own | (mounts or {}), log)
-
-    def disk(self) -> Path:
-        """Where rank 0, on node 1, has written."""
-        return self.out if self.shared else self.folder / "disk_of_node1"
+        self.nodes[node] = on_node(node, self.work, [*torchrun, *train], mounts or {}, log)
 
     def records(self, kind: str) -> list[dict]:
-        path = self.disk() / "metrics.jsonl"
+        path = self.out / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be half written
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
@@ -113,7 +108,7 @@ class Run:
         return "\n".join(path.read_text()[-1500:] for path in self.folder.glob("*.log"))
 
     def result(self) -> tuple[dict, list]:
-        state = torch.load(self.disk() / f"ckpt_{STEPS:06d}.pt", weights_only=True)
+        state = torch.load(self.out / f"ckpt_{STEPS:06d}.pt", weights_only=True)
         losses = [(r["step"], r["loss"], r["grad_norm"]) for r in self.records("train")]
         return state, losses + [(r["step"], r["val_loss"]) for r in self.records("val")]
 
@@ -128,7 +123,7 @@ def same(a: object, b: object) -> bool:
 
 def compare(run: Run, straight: Run, began: float) -> None:
     (state, losses), (want, want_losses) = run.result(), straight.result()
-    bits = all(same(state[name], want[name]) for name in ("model", "optimizers", "best", "step"))
+    bits = all(same(state[name], want[name]) for name in ("model", "optimizer", "best", "step"))
     resumed = [event["step"] for event in run.records("event") if event["event"] == "resume"]
     print(
         f"{run.folder.name}: resumed at {resumed}, {time.time() - began:.0f} s; "
@@ -139,25 +134,13 @@ def compare(run: Run, straight: Run, began: float) -> None:
 
 
 def prepare(work: Path, files: str) -> None:
-    """Each node makes a part on its own disk; the folders are copied together, and joined."""
-    (work / "data").mkdir()
     options = [f"--files={files}", "--tokenizer=bytes", "--shard_tokens=200000", f"--out_dir={work}/data"]
-    parts = [
-        on_node(
-            name, work, [sys.executable, "fineweb.py", *options, f"--part={number}/2"],
-            {work / "data": work / f"data_of_{name}"}, work / f"prepare_{name}.log",
-        )
-        for number, name in enumerate(NODES, 1)
-    ]  # fmt: skip
-    assert [part.wait(timeout=300) for part in parts] == [0, 0]
-    for number, name in enumerate(NODES, 1):
-        shutil.copytree(work / f"data_of_{name}" / f"{number}of2", work / "data" / f"{number}of2")
-    sh(f"cd {ROOT} && {sys.executable} fineweb.py --join_parts=True --out_dir={work}/data")
+    subprocess.run([sys.executable, "fineweb.py", *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def killed(work: Path, name: str, straight: Run, kills: list[tuple[int, list[str]]], shared: bool = True) -> None:
+def killed(work: Path, name: str, straight: Run, kills: list[tuple[int, list[str]]]) -> None:
     """A run whose nodes are killed: (at which step, which of them). They are started again with --resume=True."""
-    run, began = Run(work, name, shared), time.time()
+    run, began = Run(work, name), time.time()
     for node in NODES:
         run.start(node, "--resume=True")
     for step, nodes in kills:
@@ -199,9 +182,6 @@ def main() -> None:
         killed(work, "node2_killed", straight, [(25, ["node2"])])
         killed(work, "node2_killed_twice", straight, [(13, ["node2"]), (44, ["node2"])])
         killed(work, "both_killed", straight, [(25, ["node1", "node2"])])
-        killed(work, "not_shared_straight", straight, [], shared=False)
-        killed(work, "not_shared_node2_killed", straight, [(25, ["node2"])], shared=False)
-        killed(work, "not_shared_both_killed", straight, [(25, ["node1", "node2"])], shared=False)
         other = work / "other_code"
         shutil.copytree(ROOT, other, ignore=shutil.ignore_patterns(".git", "records", "tests"))
         with open(other / "model.py", "a") as file:
@@ -217,6 +197,7 @@ def main() -> None:
         refused(work, "other_code_there", code=other)
         refused(work, "other_data_there", mounts={work / "data": work / "other_data"})
         refused(work, "no_data_there", mounts={work / "data": work / "nothing"})
+        refused(work, "out_dir_not_shared", mounts={work / "out_dir_not_shared" / "out": work / "own_out"})
     finally:
         disconnect()
 

@@ -1,6 +1,6 @@
 """Our training step, sampling and start next to nanoGPT's (and transformers'), in turn, on the same CPU.
 
-    python records/2026-11-20_cpu_vs_nanogpt/bench.py NANOGPT_FOLDER [step|sample|start] [rounds]
+    python records/2026-11-21_sampling/bench.py NANOGPT_FOLDER [step|sample|start] [rounds]
 
 step: a training step of GPT-2 124M, bfloat16, compiled, B = 4, T = 256: seconds and peak memory.
 sample: 256 tokens from a random GPT-2 124M after a prompt of 16: seconds; ours with float16 matrices, as sample.py has
@@ -120,7 +120,8 @@ def start(who, folder):
         if who == "ours":
             sys.path.insert(0, ROOT)
             import numpy as np
-            from shards import shard_header
+
+            from files import shard_header
 
             data = np.random.default_rng(0).integers(0, 65, 1_000_000).astype("<u2")
             with open(f"{out}/x_train_000001.bin", "wb") as file:

@@ -1,6 +1,6 @@
 """config/shakespeare_cpu.py next to nanoGPT's documented CPU run on tiny Shakespeare by characters, in turn.
 
-    python records/2026-11-20_shakespeare_cpu/compare.py NANOGPT_FOLDER INPUT_TXT [rounds]
+    python records/2026-11-21_shakespeare_cpu/compare.py NANOGPT_FOLDER INPUT_TXT [rounds]
 
 Both train on the first 90% of the text and are judged by the mean loss over all non-overlapping 64-character windows of
 the last 10%. Training seconds are those of steps alone: no evaluation, no start-up, no saving. Prints, for each round,
