@@ -8,11 +8,10 @@ RUN := $(VENV)/bin/python
 quickstart: $(VENV)/.installed
 	$(RUN) fineweb.py config/data/stdlib.py
 	$(RUN) train_gpt2.py config/quickstart.py --resume=True
-	$(RUN) report.py out/quickstart
 	$(RUN) sample.py --model=out/quickstart --start="def main" --max_new_tokens=600
 	@echo
 	@echo "data: data/stdlib   run: out/quickstart (checkpoints, metrics.jsonl, report.md and its plots)"
-	@echo "next: source $(VENV)/bin/activate && python sample.py out/quickstart --start='import os' --seed=2"
+	@echo "next: source $(VENV)/bin/activate && python sample.py --model=out/quickstart --start='import os' --seed=2"
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
