@@ -71,7 +71,7 @@ def run(script, *args, processes=None, cwd=ROOT, **kwargs):
 
 def call(script, *args, processes=None, setup=None):
     """The same without the seconds of starting Python and importing torch: in this process, or in several forks, set up
-    as by torchrun. If one fails, the others are killed. `setup`: a function of a test's module that each fork calls first.
+    as by torchrun. If one fails, the others are killed. `setup`: a function of a test's module, called first in each.
     """
     main = importlib.import_module(script.removesuffix(".py")).main
     if processes:
