@@ -1,8 +1,6 @@
 import itertools
-import json
 import os
 import random
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -99,20 +97,18 @@ def test_val_windows_are_the_same_whatever_the_batch(shards, val_tokens, count):
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("mps", False), ("cpu", False)])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_how_batches_are_copied(shards, monkeypatch, split, device, pinned):
+def test_how_batches_are_copied(shards, monkeypatch, device, pinned):
     """Pinned and not waited for on CUDA alone, and from contiguous rows: others are pinned in vain."""
-    copies, pins = [], []
+    waits, pins, device = [], [], torch.device(device)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pins.append(x.data_ptr()) or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: copies.append((x, non_blocking)) or x)
-    windows, device, train = Windows(str(shards), split, T), torch.device(device), split == "train"
-    batches = train_batches(windows, 1, 6, 3, 0, 1, device, 1) if train else val_batches(windows, 99, 3, 0, 1, device)
-    x, y = next(batches)
-    batches.close()
-    assert torch.equal(y, x + 1)
-    assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
-    assert [non_blocking for _, non_blocking in copies] == [pinned] * 2
-    assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: waits.append(not non_blocking) or x)
+    train, val = (Windows(str(shards), split, T) for split in ("train", "val"))
+    for batches in (train_batches(train, 1, 6, 3, 0, 1, device, 1), val_batches(val, 99, 3, 0, 1, device)):
+        x, y = next(batches)
+        batches.close()
+        assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
+        assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins
+    assert waits == [not pinned] * 4
 
 
 def test_reading_goes_on_while_a_batch_is_used(shards):
@@ -136,8 +132,7 @@ def test_reading_goes_on_while_a_batch_is_used(shards):
         next(batches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of shards
+# ---- A folder of shards
 
 
 def test_missing_data_is_one_clear_line(tmp_path, monkeypatch):
@@ -211,45 +206,20 @@ def test_any_number_of_shards(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture
-def data(tmp_path):
-    """(a folder of a large and a small train shard, a meta.json with their checksums)."""
-    folder, names = tmp_path / "data", ("x_train_000000.bin", "x_train_000001.bin")
-    folder.mkdir()
-    for name, count in zip(names, ((1 << 20) + 5000, 300), strict=True):
-        write_shard(folder / name, np.arange(count) % 251)
-    return folder, {"shards": {"train": {name: [0, 7] for name in names}}}
+TOKENS = np.arange((1 << 20) + 5000) % 251
+CHANGED = np.concatenate([TOKENS[:500_000], np.full(105_000, 3), TOKENS[605_000:]])  # a tenth
 
 
-def test_data_that_is_copied_or_touched_is_the_same(data, tmp_path):
-    folder, meta = data
-    saved = json.loads(json.dumps(fingerprints(str(folder), meta)))  # as a checkpoint has it
-    folder = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    os.utime(folder / "x_train_000001.bin", (1, 1))
-    (folder / "notes.txt").write_text("not a shard")
-    check_data(str(folder), saved, fingerprints(str(folder), meta))
+def test_data_that_changed_is_refused_by_name(tmp_path):
+    def prints(tokens, crc=7):
+        write_shard(path := tmp_path / "x_train_000000.bin", tokens)
+        return fingerprints(str(tmp_path), {"shards": {"train": {path.name: [0, crc]}}})
 
-
-LARGE, SMALL = np.arange((1 << 20) + 5000) % 251, np.arange(300) % 251
-CHANGES = {  # a shard, its new tokens, and what is said of it
-    "longer": (1, [*SMALL, 7], "has other tokens"),
-    "the last token": (1, [*SMALL[:-1], 9], "has other tokens"),
-    "a tenth of a large one": (0, [*LARGE[:500_000], *[3] * 105_000, *LARGE[605_000:]], "has other tokens"),
-    "new": (2, range(9), "is new"),
-    "gone": (1, None, "is gone"),
-    "prepared anew": (1, SMALL, "has other tokens"),
-}
-
-
-@pytest.mark.parametrize("how", CHANGES)
-def test_data_that_changed_is_refused_by_name(data, how):
-    (folder, meta), (number, tokens, said) = data, CHANGES[how]
-    saved, path = fingerprints(str(folder), meta), folder / f"x_train_{number:06d}.bin"
-    if tokens is None:
-        path.unlink()
-    else:
-        write_shard(path, tokens)
-    if how == "prepared anew":  # the sample of its tokens is as before
-        meta["shards"]["train"][path.name] = [0, 8]
-    with pytest.raises(UserError, match=f"{path.name} {said} since this run began"):
-        check_data(str(folder), saved, fingerprints(str(folder), meta))
+    saved, others = prints(TOKENS), "has other tokens"
+    check_data("data", saved, prints(TOKENS))
+    for before, now, change in (
+        (saved, prints(TOKENS[:-1]), others), (saved, prints(CHANGED), others), (saved, prints(TOKENS, crc=8), others),
+        (saved, {}, "is gone"), ({}, saved, "is new"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"data/x_train_000000.bin {change} since this run began"):
+            check_data("data", before, now)

@@ -128,8 +128,9 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", StopRequest.SIGNALS)
-def test_a_signal_is_a_request_to_stop(handlers, name):
+@pytest.mark.parametrize(("name", "rank"), [*((name, "0") for name in StopRequest.SIGNALS), ("SIGINT", "1")])
+def test_a_signal_is_a_request_to_stop(handlers, capfd, monkeypatch, name, rank):
+    monkeypatch.setenv("RANK", rank)
     ignored = signal.SIGHUP if name != "SIGHUP" else signal.SIGUSR1
     signal.signal(ignored, signal.SIG_IGN)  # by nohup, which keeps its meaning
     stop = StopRequest()
@@ -138,15 +139,8 @@ def test_a_signal_is_a_request_to_stop(handlers, name):
     os.kill(os.getpid(), getattr(signal, name))
     assert stop
     os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
-    assert stop.reason == name
-
-
-def test_the_first_ctrl_c_says_what_it_does(handlers, capfd, monkeypatch):
-    for rank, said in (("0", "\nstopping after this step; Ctrl-C again stops now\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
-        stop = StopRequest()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (stop.reason, capfd.readouterr().err) == ("SIGINT", said)
+    said = "\nstopping after this step; Ctrl-C again stops now\n" if (name, rank) == ("SIGINT", "0") else ""
+    assert (stop.reason, capfd.readouterr().err) == (name, said)
 
 
 @pytest.mark.parametrize("signalled", [True, False])
