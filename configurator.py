@@ -185,7 +185,7 @@ def within(instance: Any, least: float, most: float, *names: str) -> None:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """'; did you mean X?' with the closest known word, or the answer to a name of nanoGPT; or ''."""
+    """'; did you mean X?' with the closest known word or the answer to a name of nanoGPT, or ''."""
     answer = NANOGPT.get(word, "none")
     replacement = answer.split()[0]
     if replacement in known or replacement.endswith(".py"):
@@ -214,8 +214,7 @@ def help_text(classes: Collection[type], positional: str | None = None) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frame of every script
+# ---- The frame of every script
 
 
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:

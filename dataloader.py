@@ -28,8 +28,7 @@ AGAIN = "prepare the data again with fineweb.py"
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of shards
+# ---- A folder of shards
 
 
 def read_meta(data_dir: str) -> dict:
@@ -60,7 +59,7 @@ def command_for(data_dir: str) -> str:
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
-    """The data's tokenizer for get_tokenizer: a name or a tokenizer.json's content, None: unknown."""
+    """The data's tokenizer: a name or a tokenizer.json's content; None: it is not known."""
     if not meta:
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
@@ -102,8 +101,7 @@ def check_data(data_dir: str, saved: dict[str, list], now: dict[str, list]) -> N
             raise UserError(f"{Path(data_dir, name)} {change} since this run began; restore it, or start a new run")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows and batches
+# ---- Windows and batches
 
 
 class Windows:
@@ -138,7 +136,7 @@ class Windows:
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these windows, int64 (B, T) each."""
         T = self.seq_len
-        # Not two views of one (B, T + 1): copying strided rows to a GPU uses memory that is not pinned.
+        # Not two views of (B, T + 1): strided rows reach a GPU through memory that is not pinned.
         x, y = np.empty((2, len(indices), T), dtype=np.int64)
         for row, index in enumerate(indices):
             shard = int(np.searchsorted(self.ends, index, side="right"))
@@ -229,7 +227,7 @@ def val_batches(
 
 
 def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
-    """The same batches on the device. A thread reads ahead, so that a GPU never waits for a disk."""
+    """The same batches on the device. A thread reads ahead, so that no GPU waits for a disk."""
     on_gpu = device.type == "cuda"  # on MPS, a copy that is not waited for may hold anything
 
     def read() -> tuple[Tensor, Tensor] | None:
