@@ -192,7 +192,7 @@ def nothing_is_piped_in(monkeypatch):
 def cudnn(monkeypatch):
     """A list that gets, for each forward pass, whether torch may choose cuDNN's attention."""
     seen, hidden, allowed = [], GPT.hidden, torch.backends.cuda.cudnn_sdp_enabled
-    monkeypatch.setattr(GPT, "hidden", lambda *args: seen.append(allowed()) or hidden(*args))
+    monkeypatch.setattr(GPT, "hidden", lambda *args, **kwargs: seen.append(allowed()) or hidden(*args, **kwargs))
     torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
     return seen
 
