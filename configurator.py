@@ -2,8 +2,8 @@
 
     python train_gpt2.py config/gpt2_124m.py --batch_size=32 --compile=False
 
-Config files are Python assignments. They run in order, then the flags: a later value wins. Every name and type is
-checked against the dataclasses. A mistake is one line that says what is wrong, where, and what to do.
+Config files are Python assignments. They run in order, then the flags: a later value wins. Every
+name and type is checked against the dataclasses. A mistake is one line: what, where, what to do.
 """
 
 import ast
@@ -33,6 +33,7 @@ NANOGPT = {  # nanoGPT's names, and what to use here
     "wandb_log": "log_to (--log_to=wandb)", "eval_only": "evaluate.py (it measures a model and does not train)",
 }  # fmt: skip
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
+# torch has many words for it, in RuntimeErrors
 MEMORY_ERRORS = "out of memory|ALLOC_FAILED|bad_alloc|can't allocate memory|not enough memory|Cannot allocate memory"
 LESS_MEMORY = "use a smaller --batch_size, or in training --activation_checkpointing=True --chunked_loss=True"
 
@@ -62,12 +63,13 @@ def configure(*classes: type, argv: list[str] | None = None, positional: str | N
 
     # Read the settings, files first and then flags: a later one of the same name wins.
     hints = {name: hint for cls in classes for name, hint in hints_of(cls).items()}
-    flags = [read_flag(arg, hints) for arg in argv if arg.startswith("-")]
-    settings = []
+    settings, flags = [], []
     for arg in argv:
-        if positional and not arg.startswith("-") and not arg.endswith(".py"):
+        if arg.startswith("-"):
+            flags.append(read_flag(arg, hints))
+        elif positional and not arg.endswith(".py"):
             settings.append((positional, arg, arg))
-        elif not arg.startswith("-"):
+        else:
             settings += read_file(arg, hints)
     values, given = {}, {}
     for name, value, where in settings + flags:
@@ -106,12 +108,12 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
 
-    # The names that it assigns, with the line of the last assignment; those with _ are helpers.
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    lines = {node.id: f"{path}:{node.lineno}" for node in sorted(names, key=lambda node: node.lineno)}
-    public = [name for name in namespace if name in known or (name in lines and not name.startswith("_"))]
-    for name in public:
-        if name in known:
+    # The names that it assigns must be options, but for helpers, which start with an underscore.
+    stored = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    lines = {node.id: f"{path}:{node.lineno}" for node in stored}
+    for name in lines:
+        is_helper = name.startswith("_") or name not in namespace  # such as x in [x for x in y]
+        if is_helper or name in known:
             continue
         # A config starts with a comment that shows its command: "python fineweb.py config/..."
         command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
@@ -119,7 +121,7 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
             raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
         advice = nearest(name, known) or f"; a helper variable starts with an underscore: _{name}"
         raise UserError(f"{lines[name]}: unknown option {name!r}{advice}")
-    return [(name, namespace[name], lines.get(name, path)) for name in public]
+    return [(name, value, lines.get(name, path)) for name, value in namespace.items() if name in known]
 
 
 def read_flag(flag: str, hints: dict[str, Any]) -> tuple[str, Any, str]:
@@ -183,7 +185,7 @@ def within(instance: Any, least: float, most: float, *names: str) -> None:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """'; did you mean X?' with the closest known word, or the answer to a name of nanoGPT; or ''."""
+    """'; did you mean X?' with the closest known word or the answer to a name of nanoGPT, or ''."""
     answer = NANOGPT.get(word, "none")
     replacement = answer.split()[0]
     if replacement in known or replacement.endswith(".py"):
@@ -212,8 +214,7 @@ def help_text(classes: Collection[type], positional: str | None = None) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frame of every script
+# ---- The frame of every script
 
 
 def cli(main: Callable[[], int | None]) -> typing.NoReturn:
@@ -289,13 +290,9 @@ class Output:
         return getattr(self.stream, name)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or a CPU. torch has many words for it, in RuntimeErrors."""
-    return isinstance(error, MemoryError) or bool(re.search(MEMORY_ERRORS, str(error)))
-
-
 def out_of_memory(error: BaseException) -> str | None:
-    """'out of memory (2.00 GiB more were wanted)' if that is what the error is about, else None."""
+    """'out of memory (2.00 GiB more were wanted)' if a GPU or CPU had none left, else None."""
+    if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
+        return None
     wanted = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
-    more = f" ({wanted[1]} more were wanted)" if wanted else ""
-    return f"out of memory{more}" if is_out_of_memory(error) else None
+    return "out of memory" + (f" ({wanted[1]} more were wanted)" if wanted else "")

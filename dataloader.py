@@ -28,8 +28,7 @@ AGAIN = "prepare the data again with fineweb.py"
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of shards
+# ---- A folder of shards
 
 
 def read_meta(data_dir: str) -> dict:
@@ -60,7 +59,7 @@ def command_for(data_dir: str) -> str:
 
 
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
-    """The data's tokenizer for get_tokenizer: a name or a tokenizer.json's content, None: unknown."""
+    """The data's tokenizer: a name or a tokenizer.json's content; None: it is not known."""
     if not meta:
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
@@ -73,10 +72,7 @@ def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, uint16 (n,), mapped from disk. UserError if it is not whole."""
-    try:
-        size = HEADER_BYTES // 2 + shard_tokens(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    size = HEADER_BYTES // 2 + shard_tokens(path)
     # torch closes the mapped file. np.memmap does not: thousands of shards would be too many files.
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16).numpy()[HEADER_BYTES // 2 :]
 
@@ -105,8 +101,7 @@ def check_data(data_dir: str, saved: dict[str, list], now: dict[str, list]) -> N
             raise UserError(f"{Path(data_dir, name)} {change} since this run began; restore it, or start a new run")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows and batches
+# ---- Windows and batches
 
 
 class Windows:
@@ -124,15 +119,13 @@ class Windows:
         self.shard = lru_cache(MAX_MAPS)(open_shard)
         lengths = [len(self.shard(path)) for path in self.paths]
 
-        # A shard that was lost on the way would change the order of all windows, and nobody would
-        # notice.
+        # A shard that was lost on the way would change the order of all windows unnoticed.
         expected = read_meta(data_dir).get(f"{split}_tokens", sum(lengths))
         if sum(lengths) != expected:
             raise UserError(f"{data_dir}: {len(lengths)} {split} shards hold {sum(lengths)} {split} tokens, not the "
                             f"{expected} of its meta.json; restore what is missing, or {AGAIN}")  # fmt: skip
 
-        # ends[k] is the number of windows in shards 0 to k: a binary search in it finds the shard
-        # of a window.
+        # ends[k]: the windows in shards 0 to k. A binary search in it finds the shard of a window.
         self.ends = np.cumsum([max(0, (length - 1) // seq_len) for length in lengths])
         if not len(self):
             raise UserError(f"{data_dir}: no {split} shard holds a window of {seq_len}; the largest has {max(lengths)}")
@@ -141,12 +134,9 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows, int64 (B, T) each.
-
-        Two arrays, not two views of one: copying strided rows to a GPU would go through memory that
-        is not pinned.
-        """
+        """Inputs and targets of these windows, int64 (B, T) each."""
         T = self.seq_len
+        # Not two views of (B, T + 1): strided rows reach a GPU through memory that is not pinned.
         x, y = np.empty((2, len(indices), T), dtype=np.int64)
         for row, index in enumerate(indices):
             shard = int(np.searchsorted(self.ends, index, side="right"))
@@ -164,11 +154,10 @@ class Windows:
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed shuffle of range(size) puts each index: a bijection in O(1) memory, whatever
-    the size.
+    """Where a keyed shuffle of range(size) puts each index: a bijection, in O(1) memory.
 
-    A Feistel network permutes the next power of four; results outside of range(size) are permuted
-    again until they fall inside (cycle walking: Black & Rogaway 2002, "Ciphers with Arbitrary
+    A Feistel network permutes the next power of four. Results outside of range(size) are permuted
+    again until they fall inside: cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary
     Finite Domains").
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -194,8 +183,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def step_windows(step: int, rows: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows of step 1, 2, ... in row order, int64 (rows,). A batch may straddle two epochs,
-    or more."""
+    """The windows of step 1, 2, ..., int64 (rows,). A batch can straddle two epochs, or more."""
     q = (step - 1) * rows + np.arange(rows)
     epochs, within = np.divmod(q, num_windows)
     windows = np.empty(rows, dtype=np.int64)
@@ -229,8 +217,8 @@ def val_batches(
 ) -> Batches:
     """This rank's share of the first val_tokens, in batches of at most batch_size windows.
 
-    All ranks together read the same windows whatever batch_size and world_size. Every rank gets the
-    same number of batches; its last one may be smaller, or empty.
+    All ranks together read the same windows whatever batch_size and world_size. Every rank gets as
+    many batches; its last one may be smaller, or empty.
     """
     count = min(val_tokens // windows.seq_len, len(windows))
     starts = range(rank * batch_size, count + rank * batch_size, world_size * batch_size)
@@ -239,8 +227,8 @@ def val_batches(
 
 
 def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
-    """The same batches on the device. A thread reads ahead, so that a GPU never waits for a disk."""
-    on_gpu = device.type == "cuda"  # on MPS a copy that is not waited for may hold anything
+    """The same batches on the device. A thread reads ahead, so that no GPU waits for a disk."""
+    on_gpu = device.type == "cuda"  # on MPS, a copy that is not waited for may hold anything
 
     def read() -> tuple[Tensor, Tensor] | None:
         batch = next(batches, None)

@@ -70,10 +70,8 @@ def run(script, *args, processes=None, cwd=ROOT, **kwargs):
 
 
 def call(script, *args, processes=None, setup=None):
-    """The same without the seconds of starting Python and importing torch: inside this process, or in several forks,
-    set up as by torchrun. If one fails, the others are killed, and its status is that of all.
-
-    `setup`: a function of a test's module that each fork calls first. (monkeypatch changes only this process.)
+    """The same without the seconds of starting Python and importing torch: in this process, or in several forks, set up
+    as by torchrun. If one fails, the others are killed. `setup`: a function of a test's module, called first in each.
     """
     main = importlib.import_module(script.removesuffix(".py")).main
     if processes:
@@ -102,7 +100,8 @@ def call_processes(main, args, processes, setup=None):
     while running := [rank for rank in ranks if rank.exitcode is None]:
         in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=120)
         # If two have failed, the one that wrote first told why, and the other only missed it.
-        failed = failed or min((rank for rank in ranks if rank.exitcode), key=Fork.last_word, default=None)
+        ended = [rank for rank in ranks if rank.exitcode]
+        failed = failed or min(ended, key=lambda rank: os.fstat(rank.err.fileno()).st_mtime_ns, default=None)
         for rank in running:
             if failed or not in_time:
                 rank.kill()
@@ -116,8 +115,8 @@ def call_processes(main, args, processes, setup=None):
 class Fork(FORKING.Process):
     """A script's `main` in a process and session of its own. `exitcode` is -9 where SIGKILL ended it.
 
-    It is a fork of a server that has imported everything, has run nothing and has one thread. (pytest's process has run
-    torch, whose threads are missing in a fork.) `main` and `setup` are functions of a module: they are sent by name.
+    It is a fork of a server that has imported everything and has one thread. (pytest's process has run torch, whose
+    threads are missing in a fork.) `main` and `setup` are functions of a module: they are sent by name.
     """
 
     def __init__(self, main, *args, env=(), stdout=None, setup=None):
@@ -153,9 +152,6 @@ class Fork(FORKING.Process):
         """What it has written so far."""
         file = getattr(self, stream).fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode()
-
-    def last_word(self):
-        return os.fstat(self.err.fileno()).st_mtime_ns  # when it last wrote to stderr
 
     def until(self, text):
         """Wait until it has written this, behind what was waited for before."""
@@ -194,17 +190,11 @@ def nothing_is_piped_in(monkeypatch):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Of each forward pass from now on, whether its attention may be cuDNN's, as it may outside of it."""
-    seen, hidden, before = [], GPT.hidden, torch.backends.cuda.cudnn_sdp_enabled()
-
-    def record(*args, **kwargs):
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return hidden(*args, **kwargs)
-
-    monkeypatch.setattr(GPT, "hidden", record)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    yield seen
-    torch.backends.cuda.enable_cudnn_sdp(before)
+    """A list that gets, for each forward pass, whether torch may choose cuDNN's attention."""
+    seen, hidden, allowed = [], GPT.hidden, torch.backends.cuda.cudnn_sdp_enabled
+    monkeypatch.setattr(GPT, "hidden", lambda *args, **kwargs: seen.append(allowed()) or hidden(*args, **kwargs))
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
+    return seen
 
 
 def metrics(out_dir, kind):

@@ -1,8 +1,6 @@
 import itertools
-import json
 import os
 import random
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +12,7 @@ from conftest import write_shard
 
 import dataloader
 from configurator import UserError
-from dataloader import Windows, check_data, fingerprints, permute, read_meta, step_windows, train_batches, val_batches
+from dataloader import Windows, check_data, fingerprints, permute, read_meta, train_batches, val_batches
 
 T = 8
 CPU = torch.device("cpu")
@@ -63,23 +61,20 @@ def test_permute_one_by_one_equals_all_at_once_at_any_size():
     assert (max(whole) < size, len(set(whole))) == (True, 5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_each_window_once_an_epoch(shards, world_size, batch_size):
-    """As llm.c's loader test asks: over the ranks together every token comes exactly once in each epoch, and the order
-    of the next epoch differs. Steps that straddle two epochs included."""
-    windows = Windows(str(shards), "train", T)
-    rows, order = 2 * batch_size * world_size, []
-    ranks = [train_batches(windows, 1, rows, batch_size, r, world_size, CPU, 1) for r in range(world_size)]
-    for _ in range(-(-3 * len(windows) // rows) * 2):
-        for x, y in map(next, ranks):
-            assert x.shape == (batch_size, T)
-            assert torch.equal(y, x + 1)
-            order += x[:, 0].tolist()
-    whole = sorted(windows.read(np.arange(len(windows)))[0][:, 0].tolist())
-    passes = [order[e * len(whole) : (e + 1) * len(whole)] for e in range(3)]
-    assert [sorted(one) for one in passes] == [whole] * 3
-    assert passes[0] != passes[1] != passes[2] != passes[0] != whole
+@pytest.mark.parametrize("rows", [6, 150])
+def test_each_window_once_an_epoch(shards, rows):
+    """In another order in each epoch. Batches straddle two epochs, or hold several."""
+    windows, order = Windows(str(shards), "train", T), []
+    batches = train_batches(windows, 1, rows, 3, 0, 1, CPU, 1)
+    while len(order) < 3 * len(windows):
+        x, y = next(batches)
+        assert x.shape == (3, T)
+        assert torch.equal(y, x + 1)
+        order += x[:, 0].tolist()
+    whole = windows.read(np.arange(len(windows)))[0][:, 0].tolist()
+    epochs = [order[e * len(whole) : (e + 1) * len(whole)] for e in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [whole] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != whole
 
 
 def test_global_batch_is_the_same_on_any_number_of_processes(shards):
@@ -89,11 +84,6 @@ def test_global_batch_is_the_same_on_any_number_of_processes(shards):
         ranks = [train_batches(windows, 7, 12, batch_size, r, world_size, CPU, 5) for r in range(world_size)]
         got = [next(batches)[0] for _ in range(12 // (world_size * batch_size)) for batches in ranks]
         assert torch.equal(torch.cat(got), fifth)
-
-
-def test_a_step_may_hold_several_epochs():
-    counts = np.bincount(step_windows(1, 35, 10, seed=0), minlength=10)
-    assert (counts.sum(), counts.min() >= 3, counts.max() <= 4) == (35, True, True)
 
 
 @pytest.mark.parametrize(("val_tokens", "count"), [(T, 1), (5 * T + 3, 5), (10**9, 12)])
@@ -107,20 +97,18 @@ def test_val_windows_are_the_same_whatever_the_batch(shards, val_tokens, count):
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("mps", False), ("cpu", False)])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_how_batches_are_copied(shards, monkeypatch, split, device, pinned):
+def test_how_batches_are_copied(shards, monkeypatch, device, pinned):
     """Pinned and not waited for on CUDA alone, and from contiguous rows: others are pinned in vain."""
-    copies, pins = [], []
+    waits, pins, device = [], [], torch.device(device)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pins.append(x.data_ptr()) or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: copies.append((x, non_blocking)) or x)
-    windows, device, train = Windows(str(shards), split, T), torch.device(device), split == "train"
-    batches = train_batches(windows, 1, 6, 3, 0, 1, device, 1) if train else val_batches(windows, 99, 3, 0, 1, device)
-    x, y = next(batches)
-    batches.close()
-    assert torch.equal(y, x + 1)
-    assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
-    assert [non_blocking for _, non_blocking in copies] == [pinned] * 2
-    assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, non_blocking: waits.append(not non_blocking) or x)
+    train, val = (Windows(str(shards), split, T) for split in ("train", "val"))
+    for batches in (train_batches(train, 1, 6, 3, 0, 1, device, 1), val_batches(val, 99, 3, 0, 1, device)):
+        x, y = next(batches)
+        batches.close()
+        assert x.is_contiguous() and y.is_contiguous()  # noqa: PT018
+        assert {x.data_ptr(), y.data_ptr()} <= set(pins) if pinned else not pins
+    assert waits == [not pinned] * 4
 
 
 def test_reading_goes_on_while_a_batch_is_used(shards):
@@ -144,31 +132,7 @@ def test_reading_goes_on_while_a_batch_is_used(shards):
         next(batches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of shards
-
-
-@pytest.mark.parametrize("name", ["tiny_shakespeare_{}.bin", "{}.bin", "x_{}_000000.bin"])
-def test_names_of_shards_made_elsewhere(tmp_path, name):
-    """llm.c's own tiny Shakespeare has no numbers."""
-    for split, first in (("train", 0), ("val", 100)):
-        write_shard(tmp_path / name.format(split), range(first, first + 100))
-    x, _ = next(train_batches(Windows(str(tmp_path), "train", T), 1, 12, 12, 0, 1, CPU, 1))
-    assert sorted(x[:, 0].tolist()) == list(range(0, 96, T))
-    assert Windows(str(tmp_path), "val", T).read(np.array([0]))[0][0, 0] == 100
-
-
-def test_damaged_shards_are_refused(tmp_path):
-    good = tmp_path / "x_train_000000.bin"
-    write_shard(good, range(100))
-    data = good.read_bytes()
-    for damaged in (data[:-2], data + b"\0\0", b"\0" + data[1:], data[:8], b"", np.arange(300).tobytes()):
-        good.write_bytes(damaged)
-        with pytest.raises(UserError, match="x_train_000000"):
-            Windows(str(tmp_path), "train", T)
-    for path in (tmp_path, tmp_path / "none.bin"):
-        with pytest.raises(UserError, match=str(path)):
-            dataloader.open_shard(path)
+# ---- A folder of shards
 
 
 def test_missing_data_is_one_clear_line(tmp_path, monkeypatch):
@@ -189,10 +153,10 @@ def test_missing_data_is_one_clear_line(tmp_path, monkeypatch):
         read_meta(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "7", "{}", '{"tokenizer": "bytes"}', "\xff", None])
+@pytest.mark.parametrize("content", ["[]", "7", '{"tokenizer": "bytes"}', None])
 def test_a_damaged_meta(tmp_path, content):
     path = tmp_path / "meta.json"
-    path.mkdir() if content is None else path.write_bytes(content.encode("latin-1"))
+    path.mkdir() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=r"meta\.json: .*; prepare the data again"):
         read_meta(str(tmp_path))
 
@@ -201,7 +165,7 @@ def test_data_whose_preparation_is_not_finished_is_refused(tmp_path):
     (tmp_path / "progress.json").write_text("{}")
     with pytest.raises(UserError, match=r"not finished; run its fineweb\.py command again"):
         read_meta(str(tmp_path))
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    (tmp_path / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
     assert read_meta(str(tmp_path))["vocab_size"] == 257  # killed between its last two steps
 
 
@@ -220,9 +184,6 @@ def test_the_datas_tokenizer(tmp_path, monkeypatch):
     for outside in ("../own.json", str(tmp_path / "own.json")):
         with pytest.raises(UserError, match=r"own\.json is outside of data; copy it there"):
             tokenizer(outside)
-    Path("data/own.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"own\.json: not text"):
-        tokenizer("own.json")
 
 
 def test_any_number_of_shards(tmp_path, monkeypatch):
@@ -245,42 +206,20 @@ def test_any_number_of_shards(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(params=[True, False], ids=["checksums", "no checksums"])
-def data(tmp_path, request):
-    """(a folder of a large and a small train shard, its meta.json with checksums or without)."""
-    folder, names = tmp_path / "data", ("x_train_000000.bin", "x_train_000001.bin")
-    folder.mkdir()
-    for name, count in zip(names, ((1 << 20) + 5000, 300), strict=True):
-        write_shard(folder / name, np.arange(count) % 251)
-    return folder, {"shards": {"train": {name: [0, 7] for name in names}}} if request.param else {}
+TOKENS = np.arange((1 << 20) + 5000) % 251
+CHANGED = np.concatenate([TOKENS[:500_000], np.full(105_000, 3), TOKENS[605_000:]])  # a tenth
 
 
-def test_data_that_is_copied_or_touched_is_the_same(data, tmp_path):
-    folder, meta = data
-    saved = json.loads(json.dumps(fingerprints(str(folder), meta)))  # as a checkpoint has it
-    folder = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    os.utime(folder / "x_train_000001.bin", (1, 1))
-    (folder / "notes.txt").write_text("not a shard")
-    check_data(str(folder), saved, fingerprints(str(folder), meta))
+def test_data_that_changed_is_refused_by_name(tmp_path):
+    def prints(tokens, crc=7):
+        write_shard(path := tmp_path / "x_train_000000.bin", tokens)
+        return fingerprints(str(tmp_path), {"shards": {"train": {path.name: [0, crc]}}})
 
-
-@pytest.mark.parametrize("how", ["longer", "one token", "rewritten", "new", "gone", "prepared anew"])
-def test_data_that_changed_is_refused_by_name(data, how):
-    folder, meta = data
-    saved, path, change = fingerprints(str(folder), meta), folder / "x_train_000001.bin", "has other tokens"
-    if how == "gone":
-        path.unlink()
-        change = "is gone"
-    elif how == "new":
-        write_shard(path := folder / "x_train_000002.bin", range(9))
-        change = "is new"
-    elif how == "rewritten":  # a tenth of a large one
-        tokens = np.arange((1 << 20) + 5000) % 251
-        tokens[500_000:605_000] = 3
-        write_shard(path := folder / "x_train_000000.bin", tokens)
-    elif how == "prepared anew" and meta:
-        meta["shards"]["train"][path.name] = [0, 8]
-    else:
-        write_shard(path, [*(np.arange(299) % 251), 9, *([7] * (how == "longer"))])
-    with pytest.raises(UserError, match=f"{path.name} {change} since this run began"):
-        check_data(str(folder), saved, fingerprints(str(folder), meta))
+    saved, others = prints(TOKENS), "has other tokens"
+    check_data("data", saved, prints(TOKENS))
+    for before, now, change in (
+        (saved, prints(TOKENS[:-1]), others), (saved, prints(CHANGED), others), (saved, prints(TOKENS, crc=8), others),
+        (saved, {}, "is gone"), ({}, saved, "is new"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"data/x_train_000000.bin {change} since this run began"):
+            check_data("data", before, now)

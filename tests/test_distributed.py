@@ -1,3 +1,4 @@
+import ctypes
 import os
 import platform
 import signal
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Fork, call_processes
+from conftest import ROOT, Fork, call_processes
 
 from configurator import TORCHRUN, UserError
 from distributed import PEAK_FLOPS, StopRequest, World, hardware, machine, pick_device, pick_dtype
@@ -18,8 +19,7 @@ def refuse(text):
     raise UserError(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
+# ---- Processes
 
 
 def test_alone(monkeypatch):
@@ -94,40 +94,29 @@ def test_three_processes():
 
 
 class Block(torch.nn.Module):
-    """A block, with the methods that FSDP adds."""
+    """With the methods that FSDP adds."""
 
-    whole = False
+    unshard = reshard = set_reshard_after_forward = lambda self, *args, **kwargs: None
 
     def forward(self, x):
         return 2 * x
-
-    def unshard(self):
-        self.whole = True
-
-    def reshard(self):
-        self.whole = False
-
-    def set_reshard_after_forward(self, on, recurse):
-        assert not recurse
 
 
 def test_sharded_blocks_run_eagerly_where_shapes_change():
     """Else each of them would be compiled for each shape, until torch gives up."""
     world, block, graphs = World("cpu"), Block(), []
     block.compile(backend=lambda graph, _: graphs.append(1) or graph.forward, dynamic=False)
-    block(torch.ones(1, 2))
     world.sharded = [block]
+    block(torch.ones(1, 2))
     with torch.no_grad(), world.unsharded():
         for n in (3, 4, 5):
-            assert block.whole
             block(torch.ones(n, 2))
-    assert (block.whole, len(graphs)) == (False, 1)
+    assert len(graphs) == 1
     block(torch.ones(7, 2))
     assert len(graphs) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
+# ---- Stopping
 
 
 @pytest.fixture
@@ -139,8 +128,9 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", StopRequest.SIGNALS)
-def test_a_signal_is_a_request_to_stop(handlers, name):
+@pytest.mark.parametrize(("name", "rank"), [*((name, "0") for name in StopRequest.SIGNALS), ("SIGINT", "1")])
+def test_a_signal_is_a_request_to_stop(handlers, capfd, monkeypatch, name, rank):
+    monkeypatch.setenv("RANK", rank)
     ignored = signal.SIGHUP if name != "SIGHUP" else signal.SIGUSR1
     signal.signal(ignored, signal.SIG_IGN)  # by nohup, which keeps its meaning
     stop = StopRequest()
@@ -149,15 +139,8 @@ def test_a_signal_is_a_request_to_stop(handlers, name):
     os.kill(os.getpid(), getattr(signal, name))
     assert stop
     os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
-    assert stop.reason == name
-
-
-def test_the_first_ctrl_c_says_what_it_does(handlers, capfd, monkeypatch):
-    for rank, said in (("0", "\nstopping after this step; Ctrl-C again stops now\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
-        stop = StopRequest()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (stop.reason, capfd.readouterr().err) == ("SIGINT", said)
+    said = "\nstopping after this step; Ctrl-C again stops now\n" if (name, rank) == ("SIGINT", "0") else ""
+    assert (stop.reason, capfd.readouterr().err) == (name, said)
 
 
 @pytest.mark.parametrize("signalled", [True, False])
@@ -175,18 +158,22 @@ def test_the_death_of_torchrun_is_a_request_to_stop(handlers, monkeypatch, signa
     assert stop.reason == "torchrun is gone"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The device
+# ---- The device
 
 
 def page_faults():
-    import resource
+    """How many pages a block of 256 MB takes from the system, the second time: without World and with it."""
+    import resource  # not on Windows
 
+    libc, size = ctypes.CDLL(None), 1 << 28
+    libc.malloc.restype = ctypes.c_void_p
     for device in (None, "cpu"):
         World(device)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(20):
-            torch.ones(10 << 20)
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+            ctypes.memset(block, 1, size)
+            libc.free(block)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
@@ -195,7 +182,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     process = Fork(page_faults)
     assert process.ended() == 0
     given_back, kept = (int(line) for line in process.read().split())
-    assert kept < given_back / 2  # a small block may land in a large hole, which is then too small
+    assert kept < given_back / 100
 
 
 def test_devices():
@@ -225,8 +212,6 @@ def test_no_peak_is_guessed(monkeypatch):
 
 
 def test_the_commit_is_that_of_this_code(monkeypatch, tmp_path):
-    for command in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -mx"):
-        subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
-    here = machine(CPU, torch.float32)["commit"]
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert machine(CPU, torch.float32)["commit"] == here
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert (machine(CPU, torch.float32)["commit"] or "").removesuffix("+") == head
