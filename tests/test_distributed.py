@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Fork, call_processes
+from conftest import Fork, call_processes
 
 from configurator import TORCHRUN, UserError
 from distributed import PEAK_FLOPS, StopRequest, World, hardware, machine, pick_device, pick_dtype
