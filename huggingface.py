@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import model as model_file
-from configurator import PathStr, UserError, cli, configure, is_out_of_memory, nearest
+from configurator import PathStr, UserError, cli, configure, nearest
 from dataloader import data_tokenizer
 from files import read_json
 from model import GPT, GPTConfig
@@ -299,8 +299,6 @@ def one_line_errors(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
         raise UserError(f"{what}: {type(error).__name__}: {str(error)[:300]}{advice}") from None
 
 

@@ -85,13 +85,6 @@ def edit_tensors(folder, change):
 
 # ---- in
 
-THEIRS = [
-    (gpt2, {}),
-    (gpt2, dict(tie_word_embeddings=False, n_inner=50, layer_norm_epsilon=1e-3, n_head=1, n_layer=1)),
-    (llama, dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, num_hidden_layers=1)),
-    (llama, dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))),
-]
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -101,7 +94,15 @@ def good(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("make", "more"), THEIRS, ids=["gpt2", "gpt2 untied", "llama biases", "llama tied"])
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (gpt2, dict(tie_word_embeddings=False, n_inner=50, layer_norm_epsilon=1e-3, n_head=1, n_layer=1)),
+        (llama, dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, num_hidden_layers=1)),
+        (llama, dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))),
+    ],
+    ids=["gpt2 untied", "llama biases", "llama tied"],
+)
 def test_in_and_out_again(make, more, tmp_path):
     theirs = make(**more)
     theirs.save_pretrained(tmp_path / "in")
@@ -165,38 +166,25 @@ def test_a_bad_folder_is_one_line_and_runs_no_code(good, tmp_path, message):
     assert not (tmp_path / "x" / "evil").exists()
 
 
-def test_the_systems_errors_are_no_fault_of_the_folder(good, monkeypatch):
-    """Neither memory that is out, nor a folder that this user may not read: one line that says so."""
-    with tempfile.TemporaryDirectory() as private:
-        shutil.copytree(good / "gpt2", Path(private, "hf"))
+def test_a_folder_that_cannot_be_read_is_one_line():
+    with tempfile.TemporaryDirectory() as private, contextlib.ExitStack() as after:
+        Path(private, "hf").mkdir()
         os.chmod(private, 0)
-        with contextlib.ExitStack() as after:
-            after.callback(os.chmod, private, 0o700)
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-                after.callback(os.seteuid, 0)
-            for name in (private, f"{private}/hf"):
-                with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
-                    load_model(name, CPU)
-
-    def load(*args, **kwargs):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    done = call("sample.py", f"--model={good / 'gpt2'}", "--device=cpu", "--start=")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "out of memory" in done.stderr
+        after.callback(os.chmod, private, 0o700)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+            after.callback(os.seteuid, 0)
+        for name in (private, f"{private}/hf"):
+            with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
+                load_model(name, CPU)
 
 
 def test_rope_base_of_old_and_new_configs(good, tmp_path):
     shutil.copytree(good / "llama", tmp_path, dirs_exist_ok=True)
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    old, new = (
-        dict(rope_parameters=None, rope_theta=700),
-        dict(rope_parameters=dict(rope_type="default", rope_theta=700.0)),
-    )
-    for changes in (old, new):
-        edit(tmp_path, **{"rope_theta": None, **changes})
+    new = dict(rope_type="default", rope_theta=700.0)
+    for changes in (dict(rope_parameters=None, rope_theta=700), dict(rope_parameters=new, rope_theta=None)):
+        edit(tmp_path, **changes)
         assert load_model(str(tmp_path), CPU)[0].config.rope_base == 700.0
 
 
@@ -226,11 +214,9 @@ def test_names(good, tmp_path, monkeypatch):
     assert not asked
     Path("empty").mkdir()
     Path("half.pt").write_bytes(b"half")
-    for name, message in dict(
-        nowhere="nowhere", empty="no checkpoint", **{"half.pt": "half", "gpt2-larg": "-large"}
-    ).items():
-        with pytest.raises(UserError, match=message):
-            load_model(name, CPU)
+    for name in ("nowhere", "empty", "half.pt", "gpt2-larg.*; did you mean gpt2-large"):
+        with pytest.raises(UserError, match=name):
+            load_model(name.partition(".*")[0], CPU)
     with pytest.raises(UserError, match="--best=True is for a run"):
         load_model("gpt2-medium", CPU, best=True)
 
