@@ -135,7 +135,8 @@ def read(kind, data):
             assert len(texts) == file.metadata.num_rows
         else:
             data = gzip.decompress(data) if kind == ".jsonl.gz" else data
-            lines = [line for line in data.decode("utf-8-sig").split("\n") if line.strip(" \t\r\f\v")]
+            text = data.decode("utf-8-sig", "surrogatepass")  # as json.loads reads bytes
+            lines = [line for line in text.split("\n") if line.strip(" \t\r\f\v")]
             texts = [json.loads(line)["text"] for line in lines]
         assert all(isinstance(text, str | None) for text in texts)
         return [text or "" for text in texts]
