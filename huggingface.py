@@ -30,9 +30,9 @@ import checkpoint
 import model as model_file
 from configurator import PathStr, UserError, cli, configure, nearest, out_of_memory
 from dataloader import data_tokenizer
-from files import read_json, read_text
+from files import read_json
 from model import GPT, GPTConfig
-from tokenizer import ENDOFTEXT, check_same_tokenizer, get_tokenizer, same_tokenizer, to_json
+from tokenizer import ENDOFTEXT, check_same_tokenizer, get_tokenizer, same_tokenizer, to_json, tokenizer_content
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REMOTE = "train_gpt2"  # the model_type of a folder that holds our own model.py
@@ -42,6 +42,20 @@ MODULES = dict(
     self_attn="attn", q_proj="c_q", k_proj="c_k", v_proj="c_v", o_proj="c_proj",
     gate_proj="c_gate", up_proj="c_fc", down_proj="c_proj",
 )  # fmt: skip
+
+
+# Our options -> the settings in their config.json.
+SETTINGS = {
+    "gpt2": dict(
+        block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+        mlp_hidden="n_inner", norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings",
+    ),
+    "llama": dict(
+        block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
+        n_head="num_attention_heads", n_embd="hidden_size", mlp_hidden="intermediate_size", norm_eps="rms_norm_eps",
+        tie_weights="tie_word_embeddings",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,18 +88,12 @@ def load_model(name: str | None, device: torch.device, best: bool = False) -> tu
     GPT2_NAMES (downloaded once), or None (the newest run under out/). Raises UserError.
     """
     path = newest_run() if name is None else Path(name)
-    try:
-        files = os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
-        files = []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     is_run = bool(checkpoint.find(str(path)))
     if best and not is_run:
         raise UserError(f"--best=True is for a run's folder, which {path} is not")
 
     # A Hugging Face folder. One that is called gpt2 comes before the download of that name.
-    if not is_run and "config.json" in files:
+    if not is_run and (path / "config.json").exists():
         return load_folder(path).to(device), read_tokenizer(path), path
     if not is_run and name in GPT2_NAMES:
         from huggingface_hub import snapshot_download  # takes a while to import
@@ -172,32 +180,28 @@ def load_folder(folder: Path) -> GPT:
 
     Raises UserError, naming the folder, if it is damaged or its model is not one of ours.
     """
-    settings = read_json(folder / "config.json", "it must be a Hugging Face model's")
-    kind = settings.get("model_type")
-    if kind not in ("gpt2", "llama", REMOTE):
-        raise UserError(f"{folder}: model_type = {kind!r}, but it must be gpt2, llama or {REMOTE}")
-    with one_line_errors(f"{folder} cannot be read"):
-        return load_remote(folder, settings) if kind == REMOTE else load_native(folder)
-
-
-def load_remote(folder: Path, settings: dict) -> GPT:
-    """The model of a folder that save_remote wrote."""
     from safetensors.torch import load_file
 
-    config = checkpoint.gpt_config(settings, folder / "config.json")
-    weights = load_file(folder / "model.safetensors")
-    weights = {name.removeprefix("gpt."): tensor.float() for name, tensor in weights.items()}
-    if config.tie_weights:
-        weights["lm_head.weight"] = weights["wte.weight"]
-    return checkpoint.model_of(config, weights, folder)
+    settings = read_json(folder / "config.json", "it must be a Hugging Face model's")
+    kind = settings.get("model_type")
+    if kind not in (*SETTINGS, REMOTE):
+        raise UserError(f"{folder}: model_type = {kind!r}, but it must be gpt2, llama or {REMOTE}")
+    with one_line_errors(f"{folder} cannot be read"):
+        if kind != REMOTE:
+            return load_native(folder)
+        # What save_remote wrote: our own names, and the head only if it is not the embedding.
+        config = checkpoint.gpt_config(settings, folder / "config.json")
+        theirs = load_file(folder / "model.safetensors")
+        weights = {name.removeprefix("gpt."): tensor.float() for name, tensor in theirs.items()}
+        if config.tie_weights:
+            weights["lm_head.weight"] = weights["wte.weight"]
+        return checkpoint.model_of(config, weights, folder)
 
 
 def load_native(folder: Path) -> GPT:
     """The model of a folder in GPT-2's or Llama's shape. transformers reads it, and must give the same logits."""
     transformers, local = import_transformers(), dict(local_files_only=True, trust_remote_code=False)
     their_config = transformers.AutoConfig.from_pretrained(folder, **local)
-    if their_config.model_type == "llama":
-        their_config.rope_parameters.pop("type", None)  # what old files call rope_type
     config = to_gpt_config(their_config)
     for name, want in their_settings(config).items():
         if (have := getattr(their_config, name)) != want:
@@ -217,34 +221,22 @@ def load_native(folder: Path) -> GPT:
 
 def to_gpt_config(theirs: Any) -> GPTConfig:
     """Our config of their GPT2Config or LlamaConfig, without dropout, which belongs to a training run."""
-    if theirs.model_type == "gpt2":
-        return GPTConfig(
-            theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd,
-            tie_weights=theirs.tie_word_embeddings, mlp_hidden=theirs.n_inner, norm_eps=theirs.layer_norm_epsilon,
-        )  # fmt: skip
-    return GPTConfig(
-        theirs.max_position_embeddings, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
-        theirs.hidden_size, bias=theirs.attention_bias, tie_weights=theirs.tie_word_embeddings,
-        pos="rope", norm="rmsnorm", mlp="swiglu", mlp_hidden=theirs.intermediate_size, norm_eps=theirs.rms_norm_eps,
-        rope_base=theirs.rope_parameters["rope_theta"],
-    )  # fmt: skip
+    shape = {our: getattr(theirs, name) for our, name in SETTINGS[theirs.model_type].items()}
+    if theirs.model_type == "llama":
+        rope_base = theirs.rope_parameters["rope_theta"]
+        shape |= dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=theirs.attention_bias, rope_base=rope_base)
+    return GPTConfig(**shape)
 
 
 def their_settings(ours: GPTConfig) -> dict[str, Any]:
     """What config.json says of such a model, as far as its logits depend on it: GPT-2's words, or with RoPE Llama's."""
-    if ours.pos == "learned":
-        return dict(
-            model_type="gpt2", n_positions=ours.block_size, vocab_size=ours.vocab_size, n_layer=ours.n_layer,
-            n_head=ours.n_head, n_embd=ours.n_embd, n_inner=ours.mlp_hidden, layer_norm_epsilon=ours.norm_eps,
-            tie_word_embeddings=ours.tie_weights, activation_function="gelu_new",
-            scale_attn_by_inverse_layer_idx=False,
-        )  # fmt: skip
+    kind = "gpt2" if ours.pos == "learned" else "llama"
+    settings = {"model_type": kind} | {name: getattr(ours, our) for our, name in SETTINGS[kind].items()}
+    if kind == "gpt2":
+        return settings | dict(activation_function="gelu_new")
     bias = ours.bias or bool(ours.qkv_bias)  # one setting for all of q, k, v and their output
-    return dict(
-        model_type="llama", max_position_embeddings=ours.block_size, vocab_size=ours.vocab_size,
-        num_hidden_layers=ours.n_layer, num_attention_heads=ours.n_head, num_key_value_heads=ours.n_head,
-        hidden_size=ours.n_embd, head_dim=ours.n_embd // ours.n_head, intermediate_size=ours.mlp_hidden,
-        rms_norm_eps=ours.norm_eps, tie_word_embeddings=ours.tie_weights, attention_bias=bias, mlp_bias=bias,
+    return settings | dict(
+        num_key_value_heads=ours.n_head, head_dim=ours.n_embd // ours.n_head, attention_bias=bias, mlp_bias=bias,
         hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=ours.rope_base),
     )  # fmt: skip
 
@@ -282,7 +274,7 @@ def read_tokenizer(folder: Path) -> str | None:
     """The folder's tokenizer as a checkpoint keeps it; None if it has none, or one that splits text in other ways than
     ours (then a line on stderr says so)."""
     if (folder / "tokenizer.json").is_file():
-        content = read_text(folder / "tokenizer.json", "it must be a tokenizer.json")
+        content = tokenizer_content(str(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file():  # as GPT-2's tokenizer was published
         from tokenizers import ByteLevelBPETokenizer
 
@@ -293,10 +285,10 @@ def read_tokenizer(folder: Path) -> str | None:
         return None
     try:
         known = {50257: "gpt2", 257: "bytes"}.get(get_tokenizer(content).n_vocab, content)
+        return known if same_tokenizer(known, content) else content
     except UserError as error:
         print(f"{folder}: its tokenizer counts as unknown: {error}", file=sys.stderr, flush=True)
         return None
-    return known if same_tokenizer(known, content) else content
 
 
 @contextlib.contextmanager
@@ -330,13 +322,12 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | P
     if out_dir.exists() and not (out_dir.is_dir() and set(os.listdir(out_dir)) <= {partial.name}):
         raise UserError(f"out_dir {out_dir} exists and is not an empty folder; name another")
     eot = get_tokenizer(tokenizer).eot_token if tokenizer else None
-    theirs = to_transformers(model, eot, where) if is_native(model.config) else None
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         with one_line_errors(f"{out_dir} cannot be written"):
             partial.mkdir(parents=True)
-            if theirs is not None:
-                theirs.save_pretrained(partial)
+            if is_native(model.config):
+                to_transformers(model, eot, where).save_pretrained(partial)
             else:
                 save_remote(model, eot, partial)
             if tokenizer:
@@ -382,11 +373,13 @@ def to_transformers(model: GPT, eot: int | None, where: str | Path) -> nn.Module
 
 def save_tokenizer(tokenizer: str, block_size: int, folder: Path) -> None:
     """Write a tokenizer that gives the same ids. transformers loads it as GPT-2's, whatever the model."""
-    (folder / "tokenizer.json").write_text(to_json(tokenizer), encoding="utf-8")
+    content, eot = to_json(tokenizer), get_tokenizer(tokenizer).eot_token
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    name = next(token["content"] for token in json.loads(content)["added_tokens"] if token["id"] == eot)
     settings = {
         "tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,  # or else transformers 4 drops the space in " ."
-        "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT,
+        "bos_token": name, "eos_token": name, "unk_token": name,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
@@ -400,7 +393,6 @@ def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
         "model_type": REMOTE, "architectures": ["TrainGPT2"], "dtype": "float32",
         "auto_map": {"AutoConfig": f"{code}.TrainGPT2Config", "AutoModelForCausalLM": f"{code}.TrainGPT2"},
         "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "use_cache": False,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
         "tie_word_embeddings": config.tie_weights, "bos_token_id": eot, "eos_token_id": eot,
         "gpt_config": vars(config),
     }  # fmt: skip
@@ -448,9 +440,9 @@ class TrainGPT2(PreTrainedModel, GenerationMixin):
             itself = torch.eye(tokens.size(1), dtype=torch.bool, device=tokens.device)
             mask = (torch.ones_like(itself).tril() & tokens[:, None, None, :]) | itself  # (B, 1, T, T)
         logits = self.gpt.logits(self.gpt.hidden(input_ids, positions=positions, mask=mask))  # (B, T, V)
-        loss = None
-        if labels is not None:  # those of -100 do not count
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # labels of -100 do not count
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):

@@ -44,9 +44,8 @@ class SampleConfig:
 
     def __post_init__(self):
         at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
+        at_least(self, 0, "temperature")
         within(self, 1e-6, 1, "top_p")
-        if self.temperature and self.temperature < 1e-6:  # logits over less leave what float32 holds
-            raise ValueError(f"temperature = {self.temperature}, but it must be 0 or at least 1e-6")
 
 
 def main() -> int:
@@ -80,20 +79,21 @@ def prompts(start: str, given: bool) -> Iterable[str]:
 
     As in training data, a byte order mark is no text, and line ends stay as they are. Raises UserError.
     """
-    stdin, where = sys.stdin, f"--start={start}" if given else "stdin"
+    if not given and sys.stdin.isatty():
+        return ask() if sys.stdout.isatty() else [start]
+    where = f"--start={start}" if given else "stdin"
     try:
         if start.startswith("FILE:"):
             return [Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8-sig")]
-        if not given and stdin is not None and not stdin.isatty():
-            print("reading the prompt from stdin, as there is no --start", file=sys.stderr, flush=True)
-            text = stdin.buffer.read().decode("utf-8-sig")
-            return [text.removesuffix("\n").removesuffix("\r")]  # the last line end is echo's
+        if given:
+            return [start]
+        print("reading the prompt from stdin, as there is no --start", file=sys.stderr, flush=True)
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        return [text.removesuffix("\n").removesuffix("\r")]  # the last line end is echo's
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: not text in UTF-8") from None
-    on_terminal = stdin is not None and sys.stdout.isatty()
-    return [start] if given or not on_terminal else ask()
 
 
 def ask() -> Iterator[str]:
@@ -109,15 +109,13 @@ def show(model: GPT, enc: tiktoken.Encoding, start: str, config: SampleConfig, s
     """Print the samples of one prompt, the first while it is made. Ctrl-C ends them early."""
     num_tokens, block_size = len(encode(enc, start)), model.config.block_size
     if num_tokens > block_size:
-        cut = f"the prompt has {num_tokens} tokens, of which the model sees only the last {block_size} (its context)"
-        print(cut, file=sys.stderr, flush=True)
+        cut = f"of which the model sees only the last {block_size} (its context)"
+        print(f"the prompt has {num_tokens} tokens, {cut}", file=sys.stderr, flush=True)
     texts = [start] * config.num_samples
     print(start, end="")
     with contextlib.suppress(KeyboardInterrupt):
-        for pieces in complete(
-            model, enc, start, config.num_samples, config.max_new_tokens,
-            config.temperature, config.top_k, config.top_p, seed,
-        ):  # fmt: skip
+        how = (config.temperature, config.top_k, config.top_p, seed)
+        for pieces in complete(model, enc, start, config.num_samples, config.max_new_tokens, *how):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             print(pieces[0], end="", flush=True)
     print("", *texts[1:], sep="\n---\n")
@@ -138,15 +136,13 @@ class PackedLinear(nn.Module):
 def pack(model: GPT) -> GPT:
     """Replace the matrices of a float32 model by PackedLinears, for generation only. Returns the model itself."""
     # A matrix that float16 cannot hold stays: packing would turn its infinities and NaNs into numbers.
-    places, largest = [], torch.finfo(torch.float16).max
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and child.weight.abs().amax() <= largest:
-                places.append((parent, name, child))
+    linears, largest = {}, torch.finfo(torch.float16).max
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and part.weight.abs().amax() <= largest:
+            linears[name] = part
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
-        packed = list(pool.map(PackedLinear, [linear for _, _, linear in places]))
-    for (parent, name, _), linear in zip(places, packed, strict=True):
-        setattr(parent, name, linear)
+        for name, packed in zip(linears, pool.map(PackedLinear, linears.values()), strict=True):
+            model.set_submodule(name, packed)
     return model
 
 
@@ -215,7 +211,7 @@ def generate(
         # One forward pass of the new tokens alone; only the last position's logits are needed.
         with without_cudnn():
             logits = model.logits(model.hidden(new, cache)[:, -1])[:, :vocab_size]  # (B, V)
-        if unused is not None and len(unused):
+        if unused is not None:
             logits[:, unused] = -torch.inf
         token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
 
@@ -237,9 +233,9 @@ def sample_token(
 
     Raises FloatingPointError if the logits have no finite maximum: torch.multinomial would end a CUDA process.
     """
-    if not (logits.amax(dim=-1) / (temperature or 1.0)).isfinite().all():
+    if not logits.amax(dim=-1).isfinite().all():
         raise FloatingPointError("the logits are not finite: its weights are not, or are too large for the dtype")
-    if temperature == 0.0:
+    if temperature < 1e-6:  # as good as 0, and logits / temperature could be infinite
         return logits.argmax(dim=-1)
 
     # Take the candidates alone, likeliest first: cheaper than a softmax over all of V.

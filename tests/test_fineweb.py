@@ -79,9 +79,9 @@ def read_split(out_dir, *splits):
 @pytest.fixture(autouse=True, scope="module")
 def one_gigatoken():
     """Loading a vocabulary takes a tenth of a second: here once."""
-    load = functools.lru_cache(lambda tokens, load=tokenizer.load_gigatoken: load(list(tokens), 1))
+    load = functools.lru_cache(lambda tokens, load=tokenizer.load_gigatoken: load(list(tokens)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "load_gigatoken", lambda tokens, num_threads: load(tuple(tokens)))
+        patch.setattr(tokenizer, "load_gigatoken", lambda tokens: load(tuple(tokens)))
         yield
 
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 from conftest import ROOT, call
 from test_sample import save
+from test_tokenizer import random_texts
 
 import huggingface
 from configurator import UserError
@@ -84,13 +85,6 @@ def edit_tensors(folder, change):
 
 # ---- in
 
-THEIRS = [
-    (gpt2, {}),
-    (gpt2, dict(tie_word_embeddings=False, n_inner=50, layer_norm_epsilon=1e-3, n_head=1, n_layer=1)),
-    (llama, dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, num_hidden_layers=1)),
-    (llama, dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))),
-]
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -100,7 +94,15 @@ def good(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("make", "more"), THEIRS, ids=["gpt2", "gpt2 untied", "llama biases", "llama tied"])
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (gpt2, dict(tie_word_embeddings=False, n_inner=50, layer_norm_epsilon=1e-3, n_head=1, n_layer=1)),
+        (llama, dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, num_hidden_layers=1)),
+        (llama, dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))),
+    ],
+    ids=["gpt2 untied", "llama biases", "llama tied"],
+)
 def test_in_and_out_again(make, more, tmp_path):
     theirs = make(**more)
     theirs.save_pretrained(tmp_path / "in")
@@ -137,7 +139,6 @@ def test_parts_prefixes_buffers_and_old_files(tmp_path):
 
 
 BAD = {
-    "model_type = 'bert'": lambda f: edit(f, model_type="bert"),
     "activation_function = 'gelu'": lambda f: edit(f, activation_function="gelu"),
     "the logits of our model and of GPT2LMHeadModel differ by": lambda f: edit(f, scale_attn_weights=False),
     "weights differ: missing keys: .*h.2": lambda f: edit(f, n_layer=3),
@@ -148,7 +149,6 @@ BAD = {
     "cannot be read: SafetensorError": lambda f: os.truncate(f / "model.safetensors", 999),
     "model_type = 'x'": lambda f: edit(f, model_type="x", auto_map={"AutoConfig": "evil.Config"}),
     "num_key_value_heads = 2": lambda f: edit(f, num_key_value_heads=2),
-    "hidden_act = 'gelu'": lambda f: edit(f, hidden_act="gelu"),
     "rope_parameters = .*'linear'": lambda f: edit(f, rope_parameters=None, rope_scaling=dict(type="linear", factor=2)),
     "mlp_bias = False": lambda f: edit(f, attention_bias=True),
 }  # fmt: skip
@@ -156,7 +156,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD, ids=lambda x: x[:40])
 def test_a_bad_folder_is_one_line_and_runs_no_code(good, tmp_path, message):
-    kind = "llama" if message.startswith(("num_key", "hidden", "head", "rope", "mlp")) else "gpt2"
+    kind = "llama" if message.startswith(("num_key", "rope", "mlp")) else "gpt2"
     shutil.copytree(good / kind, tmp_path / "x")
     BAD[message](tmp_path / "x")
     (tmp_path / "x" / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'x' / 'evil')!r})")
@@ -166,38 +166,25 @@ def test_a_bad_folder_is_one_line_and_runs_no_code(good, tmp_path, message):
     assert not (tmp_path / "x" / "evil").exists()
 
 
-def test_the_systems_errors_are_no_fault_of_the_folder(good, monkeypatch):
-    """Neither memory that is out, nor a folder that this user may not read: one line that says so."""
-    with tempfile.TemporaryDirectory() as private:
-        shutil.copytree(good / "gpt2", Path(private, "hf"))
+def test_a_folder_that_cannot_be_read_is_one_line():
+    with tempfile.TemporaryDirectory() as private, contextlib.ExitStack() as after:
+        Path(private, "hf").mkdir()
         os.chmod(private, 0)
-        with contextlib.ExitStack() as after:
-            after.callback(os.chmod, private, 0o700)
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-                after.callback(os.seteuid, 0)
-            for name in (private, f"{private}/hf"):
-                with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
-                    load_model(name, CPU)
-
-    def load(*args, **kwargs):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    done = call("sample.py", f"--model={good / 'gpt2'}", "--device=cpu", "--start=")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "out of memory" in done.stderr
+        after.callback(os.chmod, private, 0o700)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+            after.callback(os.seteuid, 0)
+        for name in (private, f"{private}/hf"):
+            with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
+                load_model(name, CPU)
 
 
 def test_rope_base_of_old_and_new_configs(good, tmp_path):
     shutil.copytree(good / "llama", tmp_path, dirs_exist_ok=True)
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    for changes in (
-        dict(rope_parameters=None, rope_theta=700),
-        dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
-        dict(rope_parameters=None, rope_theta=700.0, rope_scaling={"type": "default"}),
-    ):
-        edit(tmp_path, **{"rope_theta": None, "rope_scaling": None, **changes})
+    new = dict(rope_type="default", rope_theta=700.0)
+    for changes in (dict(rope_parameters=None, rope_theta=700), dict(rope_parameters=new, rope_theta=None)):
+        edit(tmp_path, **changes)
         assert load_model(str(tmp_path), CPU)[0].config.rope_base == 700.0
 
 
@@ -226,15 +213,10 @@ def test_names(good, tmp_path, monkeypatch):
     assert load_model("gpt2-medium", CPU)[2] == Path("gpt2-medium")
     assert not asked
     Path("empty").mkdir()
-    Path("empty/half.pt").write_bytes(b"half")
-    for name, message in (
-        ("nowhere", "nowhere"),
-        ("empty", "empty"),
-        ("empty/half.pt", "half"),
-        ("gpt2-larg", "-large"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_model(name, CPU)
+    Path("half.pt").write_bytes(b"half")
+    for name in ("nowhere", "empty", "half.pt", "gpt2-larg.*; did you mean gpt2-large"):
+        with pytest.raises(UserError, match=name):
+            load_model(name.partition(".*")[0], CPU)
     with pytest.raises(UserError, match="--best=True is for a run"):
         load_model("gpt2-medium", CPU, best=True)
 
@@ -341,7 +323,7 @@ def test_every_recipe_can_be_exported_and_comes_back(path, tmp_path):
     recipe = {name: value for name, value in runpy.run_path(path).items() if name in vars(GPTConfig())}
     recipe |= dict(n_layer=4, n_embd=24, n_head=2, block_size=24, vocab_size=128)
     cases = [(GPTConfig(**recipe), path.name.startswith(("finetune", "gpt2_", "shakespeare_124m")))]
-    if "With --mlp=swiglu --qk_norm=False it is a Llama" in path.read_text():
+    if "with --mlp=swiglu --qk_norm=False it is a Llama" in path.read_text():
         cases.append((GPTConfig(**recipe | dict(mlp="swiglu", qk_norm=False)), True))
     assert len(cases) == 1 + (path.stem in ("small", "shakespeare_gpu", "tinystories"))
     for config, native in cases:
@@ -417,18 +399,11 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def own_tokenizer():
-    """With an added token that is not special, and takes the space before it."""
+    """With a document token of its own name, and an added token that takes the space before it."""
     own = tokenizers.ByteLevelBPETokenizer()
-    own.train_from_iterator([json.__doc__, random.__doc__] * 2, vocab_size=600, special_tokens=[ENDOFTEXT, "<pad>"])
+    own.train_from_iterator([json.__doc__, random.__doc__] * 2, vocab_size=600, special_tokens=["<pad>", "</s>"])
     own.add_special_tokens([tokenizers.AddedToken("<tool>", lstrip=True, special=True)])
     return own._tokenizer.to_str()
-
-
-def random_texts(n):
-    rng, parts = random.Random(0), ["a", "Be", " the", "'s", "'S", "'ll", "1", "23", "!", "...", ENDOFTEXT, "<|endof"]
-    parts += ["é", "e\u0301", "中文", "한", "🙂", "👩\u200d👧", "½", "ﬁ", "\x00", "\xad", "\ufeff", "\U0010ffff"]
-    parts += [" ", "  ", "\n", "\t", "\r\n", "\f", "\x85", "\u00a0", "\u3000", " " * 20]
-    return ["".join(rng.choices(parts, k=i % 13)) for i in range(n)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "own"])
@@ -438,11 +413,13 @@ def test_tokenizers_agree(name, tmp_path):
     save(tmp_path, ours(n_layer=1, vocab_size=enc.n_vocab, **(LLAMA if name == "own" else {})), content)
     assert export(tmp_path, tmp_path / "hf").returncode == 0
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    texts = random_texts(1_500)
+    own_name = "</s>" if name == "own" else ENDOFTEXT
+    texts = [text.replace(ENDOFTEXT, own_name) for text in random_texts(0, 1_500)]
     for text, ids in zip(texts, auto(texts)["input_ids"], strict=True):
-        assert ids == enc.encode(text, allowed_special={ENDOFTEXT}), repr(text)
+        assert ids == enc.encode(text.replace(own_name, ENDOFTEXT), allowed_special={ENDOFTEXT}), repr(text)
     assert auto.batch_decode(auto(texts)["input_ids"], clean_up_tokenization_spaces=None) == texts
     assert (len(auto), auto.bos_token_id, auto.eos_token_id) == (enc.n_vocab, enc.eot_token, enc.eot_token)
+    assert (auto.bos_token, auto.eos_token, auto.unk_token) == (own_name,) * 3
     assert auto.decode([enc.eot_token, 65], skip_special_tokens=True) == enc.decode([65])
     again = load_model(str(tmp_path / "hf"), CPU)[1]
     assert same_tokenizer(again, content)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
 import torch
 from conftest import ROOT, call
 from torch import nn
@@ -18,11 +17,10 @@ import checkpoint
 import sample
 from model import GPT, GPTConfig
 from sample import complete, generate, pack, sample_token
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, to_json
 
 SMALL = dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
 ROPE = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def make(**flags):
@@ -94,6 +92,7 @@ def test_top_k_and_top_p_against_brute_force():
     torch.manual_seed(0)
     logits = torch.randn(1, 10)
     order, probs = logits[0].argsort(descending=True).tolist(), (logits[0] / 0.7).softmax(0).tolist()
+    assert sample_token(logits, 1e-40, None, None, None).item() == order[0]  # no logits / temperature is infinite
     choices = [(5, None), (None, 1.0), (100, None), (1, None), *((k, p / 50) for k in (None, 7) for p in range(1, 50))]
     for top_k, top_p in choices:
         allowed, mass = [], 0.0
@@ -109,18 +108,16 @@ def test_top_k_and_top_p_against_brute_force():
             assert shares[i].item() == pytest.approx(probs[i] / sum(probs[j] for j in allowed), abs=0.04)
 
 
-@pytest.mark.parametrize("row", [0, 1])
-def test_one_row_that_is_not_finite(row):
-    logits = torch.zeros(2, 9)
-    logits[row, 3] = math.nan
-    for temperature in (0.0, 1.0):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_row_that_is_not_finite(temperature):
+    for row in (0, 1):
+        logits = torch.zeros(2, 9)
+        logits[row, 3] = math.nan
         with pytest.raises(FloatingPointError):
             sample_token(logits, temperature, None, None, None)
-    with pytest.raises(FloatingPointError):  # finite, but not over a temperature this low
-        sample_token(torch.full((1, 9), 3e38), 1e-6, None, None, None)
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--top_k=None"], ["--top_p=0.9"]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--temperature=0"]], ids=str)
 def test_logits_that_are_not_finite_are_one_line(tmp_path, flags, monkeypatch):
     model = make()
     model.ln_f.bias.data[:] = math.nan
@@ -158,13 +155,9 @@ def test_the_same_seed_gives_the_same_text_and_several_samples_are_one_batch(fol
 
 def test_a_tokenizer_with_holes(tmp_path):
     """Ids 257 to 999 have no token; a model may like them all the same."""
-    own = tokenizers.ByteLevelBPETokenizer()
-    own.train_from_iterator([""], vocab_size=257, special_tokens=["<|endoftext|>"])
-    spec = json.loads(own._tokenizer.to_str())
+    spec = json.loads(to_json("bytes"))
     spec["added_tokens"].append(spec["added_tokens"][0] | {"content": "<pad>", "id": 1000})
-    model = make(vocab_size=1024)
-    save(tmp_path, model, json.dumps(spec))
-    assert json.loads(sample.load_model(str(tmp_path), torch.device("cpu"))[1]) == spec
+    save(tmp_path, make(vocab_size=1024), json.dumps(spec))
     done = run(tmp_path, "--top_k=None", "--temperature=5", "--max_new_tokens=200", start="the <pad> cat")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the <pad> cat")
@@ -178,10 +171,7 @@ def test_tokenizers_that_do_not_fit_are_one_line(tmp_path):
         assert message in done.stderr
 
 
-@pytest.mark.parametrize(
-    "flag",
-    "temperature=-1 temperature=1e-40 top_p=1e-46 top_p=0 top_p=2 top_k=0 num_samples=0 model=nowhere top=3".split(),
-)
+@pytest.mark.parametrize("flag", ["temperature=-1", "top_p=0", "top_p=2", "top_k=0", "num_samples=0", "model=nowhere"])
 def test_mistakes(folder, flag):
     done = run(folder, f"--{flag}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -255,10 +245,9 @@ def test_as_a_user_runs_it(folder, tmp_path):
     """And without transformers, which takes seconds to import, as a checkpoint does not need it."""
     (tmp_path / "transformers.py").write_text("raise SystemExit('transformers was imported')\n")
     options = [f"--model={folder}", "--device=cpu", "--max_new_tokens=20"]
-    env = ENV | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *options], env=env, input=b"\xc3\xa9\n", capture_output=True
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "sample.py", *options]
+    done = subprocess.run(command, env=env, input=b"\xc3\xa9\n", capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("é".encode())
     assert not done.stdout.startswith("é\n".encode())
@@ -268,12 +257,9 @@ def test_in_python_as_the_readme_prints_it(folder, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").symlink_to(folder)
-    lines = """\
-from sample import load, text
+    exec("""from sample import load, text
 model, enc = load("out/mine")
-print(text(model, enc, "Once upon a time"))
-"""
-    exec(lines)
+print(text(model, enc, "Once upon a time"))""")
     want = run(folder, "--dtype=float32", "--max_new_tokens=200", start="Once upon a time")
     assert capsys.readouterr().out == want.stdout
 
@@ -307,16 +293,18 @@ def test_what_float16_cannot_hold_is_not_packed(value):
     assert [name for name, part in model.named_modules() if isinstance(part, nn.Linear)] == ["h.0.mlp.c_fc"]
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_dtype_is_the_fastest(folder, monkeypatch, packs):
-    monkeypatch.setattr(torch.backends.quantized, "engine", "x86" if packs else "qnnpack")
+@pytest.mark.parametrize(
+    ("engine", "asked", "dtype", "weights"),
+    [
+        ("x86", "auto", "float16", "float32 PackedLinear"),
+        ("x86", "bfloat16", "bfloat16", "bfloat16 Linear"),
+        ("qnnpack", "auto", "float32", "float32 Linear"),
+        ("qnnpack", "float16", "float16", "float16 Linear"),
+    ],
+)
+def test_dtype_is_the_fastest(folder, monkeypatch, engine, asked, dtype, weights):
+    monkeypatch.setattr(torch.backends.quantized, "engine", engine)
     head = lambda model, *args: [[f"{model.wte.weight.dtype} {type(model.lm_head).__name__}"]]  # noqa: E731
     monkeypatch.setattr("sample.complete", head)
-    for asked, dtype, weights in (
-        ("auto", *(("float16", "float32 PackedLinear") if packs else ("float32", "float32 Linear"))),
-        ("float16", "float16", "float32 PackedLinear" if packs else "float16 Linear"),
-        ("bfloat16", "bfloat16", "bfloat16 Linear"),
-    ):
-        done = run(folder, f"--dtype={asked}", start="")
-        assert done.stdout == f"torch.{weights}\n"
-        assert f", {dtype}\n" in done.stderr
+    done = run(folder, f"--dtype={asked}", start="")
+    assert (done.stdout, f", {dtype}\n" in done.stderr) == (f"torch.{weights}\n", True)
