@@ -104,18 +104,13 @@ def small(monkeypatch):
 # From texts to shards
 
 
-def cut(*documents):
-    """The pieces of documents that come in several texts."""
-    texts = [("train", text, i == 0) for document in documents for i, text in enumerate(document)]
-    return [piece for _, piece in fineweb.cut_pieces(iter(texts), False)]
-
-
 @pytest.mark.parametrize("chunk", [17, 50, 250, 10_000])
 def test_tokens_of_pieces_are_those_of_the_whole(monkeypatch, chunk):
     monkeypatch.setattr(fineweb, "PIECE", 200)
     for seed in range(100):
         text = random_text(seed, 1000)
-        pieces = cut([text[i : i + chunk] for i in range(0, len(text), chunk)])
+        chunks = ((text[i : i + chunk], i == 0) for i in range(0, len(text), chunk))
+        pieces = list(fineweb.cut_pieces(chunks, False))
         texts = [piece.text.decode() for piece in pieces]
         assert "".join(texts) == text
         assert all(len(text) < 600 for text in texts)
@@ -125,46 +120,34 @@ def test_tokens_of_pieces_are_those_of_the_whole(monkeypatch, chunk):
         assert [token for text in texts for token in ENC.encode_ordinary(text)] == ENC.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("cut", [(99, 0), (2, 0), (0, 601), (0, 1300)])
-def test_batches_from_any_cursor_are_the_same(small, cut):
+@pytest.mark.parametrize("first_val", [99, 2])
+def test_batches_from_any_cursor_are_the_same(small, first_val):
     many = [random_text(seed, 30 * seed) for seed in range(20)]
     documents = [[random_text(2), *many, "", random_text(3)], [random_text(1)], [""], [random_text(4)] * 2]
     parts = [(split, lambda: ((t, i == 0) for d in documents for i, t in enumerate(d))) for split in ("train", "val")]
     for size in (1, 1000):
         config = DataConfig(files="a", shard_tokens=size)
-        batches = list(fineweb.make_batches(config, parts, Cursor(), cut))
+        batches = list(fineweb.make_batches(config, parts, Cursor(), first_val))
         for i, batch in enumerate(batches):
-            assert list(fineweb.make_batches(config, parts, batch.end, cut)) == batches[i + 1 :]
+            assert list(fineweb.make_batches(config, parts, batch.end, first_val)) == batches[i + 1 :]
         assert len(batches) > 10
         splits = [split for batch in batches for split in batch.pieces]
         assert len(splits) == len(batches)  # each has one
         assert {splits[i] for i, batch in enumerate(batches) if batch.is_last} == {*splits}
 
 
-def test_words_and_bytes_of_any_text(monkeypatch):
-    monkeypatch.setattr(fineweb, "PIECE", 50)
-    for seed in range(300):
-        text = "".join(random.Random(seed).choices([" ", "\n", "a", "é", "\u2003", "b, "], k=seed % 40))
-        pieces = cut([text])
-        assert sum(piece.words for piece in pieces) == words_of([text])
-        assert sum(len(piece.text) for piece in pieces) == len(text.encode())
-
-
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "dataset"])
 def test_every_kind_of_source(tmp_path, small, kind):
     texts, source, out = documents(), tmp_path / "source", tmp_path / "out"
     options = {"dataset": str(source)} if kind == "dataset" else {"files": f"{source}/**/*.*"}
-    write_rows(
-        source / "train-0.parquet" if kind == "dataset" else source / f"a.{kind.replace('txt', 'jsonl')}", texts[:33]
-    )
-    write_rows(
-        source / "train-1.parquet" if kind == "dataset" else source / f"b.{kind.replace('txt', 'jsonl')}", texts[33:]
-    )
     if kind == "txt":
-        shutil.rmtree(source)
+        (source / "deep").mkdir(parents=True)
         for i, text in enumerate(texts):
-            (source / "deep").mkdir(parents=True, exist_ok=True)
             (source / "deep" / f"{i:03}.txt").write_bytes(text.encode())
+    else:
+        names = ("train-0.parquet", "train-1.parquet") if kind == "dataset" else (f"a.{kind}", f"b.{kind}")
+        write_rows(source / names[0], texts[:33])
+        write_rows(source / names[1], texts[33:])
     meta = prepare(out, shard_tokens=3000, val_shards=1, **options)
     val = read_split(out, "val")
     assert val + read_split(out, "train") == tokens_of(texts)
@@ -304,14 +287,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path, small, content):
 
 
 @pytest.mark.parametrize("kind", ["files", "dataset"])
-def test_odd_parquet_files(tmp_path, small, kind, monkeypatch):
+def test_odd_parquet_files(tmp_path, small, kind):
     """A column encoded by a dictionary, as pandas writes its categories, nulls, and files without rows."""
     texts, source = ["one", "two", "", "one"] * 5, tmp_path / "source"
     where = {kind: {"files": f"{source}/*", "dataset": str(source)}[kind]}
     write_rows(source / "train-0.parquet", [])
     with pytest.raises(UserError, match="no documents"):
         prepare(tmp_path / "out", **where)
-    assert not (tmp_path / "out").exists()
     column = pyarrow.array([text or None for text in texts]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"id": list(range(20)), "text": column}), source / "train-1.parquet")
     write_rows(source / "train-2.parquet", [])
@@ -321,12 +303,6 @@ def test_odd_parquet_files(tmp_path, small, kind, monkeypatch):
     prepare(tmp_path / "out", val_fraction=0.25, **where)
     assert read_split(tmp_path / "out", "train") == tokens_of(texts[:15])
     assert read_split(tmp_path / "out", "val") == tokens_of(texts[15:])
-    # pyarrow reads fewer rows than the file says, and no error, where some pages are damaged.
-    read = pyarrow.parquet.ParquetFile.iter_batches
-    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda *a, **k: (x[:-1] for x in read(*a, **k)))
-    if kind == "files":
-        with pytest.raises(UserError, match=r"train-1\.parquet.*: damaged: 16 rows in it, but it says 20"):
-            prepare(tmp_path / "out2", **where)
 
 
 def test_half_a_surrogate_pair(tmp_path):
