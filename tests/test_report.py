@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
 import re
 import resource
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TRAIN, call, metrics
+from conftest import TRAIN, call, metrics, run
 
 import report
 from metrics import Metrics
@@ -162,9 +159,8 @@ def test_other_step_sizes_vocabularies_and_data(tmp_path):
     ],
 )  # fmt: skip
 def test_published_curves_stand_beside_their_own_kind_only(tmp_path, change, published):
-    have = (
-        dict(tokenizer="gpt2", dataset="HuggingFaceFW/fineweb", val_tokens=10485760, total_batch_size=524288) | change
-    )
+    have = dict(tokenizer="gpt2", dataset="HuggingFaceFW/fineweb", val_tokens=10485760, total_batch_size=524288)
+    have |= change
     data = DATA | dict(tokenizer=have.pop("tokenizer"), settings={"dataset": have.pop("dataset")})
     lines = curves(plots(fake(tmp_path, data=data, **have))["loss.png"])
     shown = [line for label, line in lines.items() if "(published)" in label]
@@ -210,15 +206,10 @@ def test_nothing_of_the_users_breaks_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "no_such_backend")
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.figsize: 1, 1\nfont.family: no such font\n")
-    monkeypatch.chdir(tmp_path)
     fake(tmp_path / "$a^$")
     fake(tmp_path / "_b|$^$", n_embd="$^$")
-    code = "import sys, configurator, report; sys.argv[1:] = ['~/$a^$', '_b|$^$']; configurator.cli(report.main)"
-
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = run("report.py", "~/$a^$", "_b|$^$", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_mistakes_and_a_full_disk(tmp_path):
