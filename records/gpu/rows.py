@@ -660,7 +660,7 @@ ROWS = [
     Row("nccl_1_rank", "right", 70, nccl_1_rank),
     Row("precision", "right", 50, precision),
     Row("parity_float32", "right", 40, partial(parity, dtype="float32")),
-    # the third
+    # the third and the fourth
     Row("sampling", "fast", 40, sampling),
     Row("hellaswag", "fast", 40, hellaswag_rate),
     Row("optimizers", "fast", 60, optimizers),
