@@ -6,9 +6,8 @@
 
 A split is one stream of tokens. Each token but the first is predicted once, in windows of seq_len tokens. The last line
 printed is one JSON object: loss is in nats per token, and perplexity its exp; word_loss is loss x tokens / (words - 1);
-bits_per_byte is loss x tokens / bytes / ln 2, where bytes are those of the predicted tokens' text in UTF-8. What is not
-known is null: words of a part of a split, and words and bytes of data without a meta.json. On the whole windows of one
-shard, without a stride, loss is the val loss of train_gpt2.py.
+bits_per_byte is loss x tokens / bytes / ln 2, where bytes are those of the predicted text. What is not known is null,
+such as the words of a part of a split. On the whole windows of one shard, loss is the val loss of train_gpt2.py.
 """
 
 import contextlib
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import checkpoint
 from configurator import PathStr, UserError, at_least, cli, configure
@@ -56,15 +56,14 @@ def main() -> int:
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device, config.best)
     data_dir = config.data_dir or own_data(path)
-    seq_len = config.seq_len or model.config.block_size
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    seq_len = config.seq_len or block_size
     stride = config.stride or seq_len
-    if seq_len > model.config.block_size:
-        raise UserError(f"seq_len = {seq_len} is more than block_size = {model.config.block_size} of {path}")
-    if stride > seq_len:
-        raise UserError(f"stride = {stride} is more than seq_len = {seq_len}: tokens between windows would be left out")
+    if not stride <= seq_len <= block_size:
+        raise UserError(f"{path}: it needs stride <= seq_len <= block_size, not {stride}, {seq_len}, {block_size}")
 
     # The data must be in the tokens of the model: the same tokenizer, and no id beyond the model's vocabulary.
-    meta, vocab_size = read_meta(data_dir), model.config.vocab_size
+    meta = read_meta(data_dir)
     tokenizer_of_data = data_tokenizer(data_dir, meta, vocab_size)
     check_same_tokenizer(tokenizer, tokenizer_of_data, path, data_dir)
     shards = [open_shard(shard) for shard in Windows(data_dir, config.split, 1).paths]
@@ -74,26 +73,26 @@ def main() -> int:
 
     whole = sum(map(len, shards)) - 1  # the first token of all is not predicted
     tokens = min(config.tokens or whole, whole)
-    byte_lengths = token_bytes(get_tokenizer(tokenizer_of_data)) if meta else None
-    in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
-    windows = seq_len, stride, config.batch_size
-    nats, size = evaluate(model.eval(), shards, tokens, *windows, world, in_dtype, byte_lengths)
-    world.close()
     words = meta.get(f"{config.split}_words", 0) if tokens == whole else 0
-    where = {"model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": seq_len, "stride": stride}
+    byte_lengths = token_bytes(get_tokenizer(tokenizer_of_data)) if meta else np.zeros(vocab_size)  # 0: not known
+    in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
+    sizes = tokens, seq_len, stride, config.batch_size
+    nats, size = evaluate(model.eval(), shards, *sizes, byte_lengths, world, in_dtype)
+    world.close()
+    about = {"model": str(path), "data_dir": data_dir, "split": config.split, "seq_len": seq_len, "stride": stride}
     if world.is_main:
-        print(json.dumps(where | results(nats, tokens, words, size)))
+        print(json.dumps(about | results(nats, tokens, words, size)))
     return 0
 
 
-def results(nats: float, tokens: int, words: int, size: int | None) -> dict[str, float | None]:
-    """The summed loss of so many tokens in all units. A value that is not known or not finite is None."""
+def results(nats: float, tokens: int, words: int, size: int) -> dict[str, float | None]:
+    """The summed loss of so many tokens in all units. Words and bytes are 0 if unknown. What is not finite is None."""
     loss, word_loss = nats / tokens, nats / (words - 1) if words > 1 else None
     perplexity, word_perplexity = (None if x is None or x > 700 else math.exp(x) for x in (loss, word_loss))
     values = {
         "loss": loss, "perplexity": perplexity, "word_loss": word_loss, "word_perplexity": word_perplexity,
         "bits_per_byte": nats / math.log(2) / size if size else None,
-        "tokens": tokens, "words": words or None, "bytes": size,
+        "tokens": tokens, "words": words or None, "bytes": size or None,
     }  # fmt: skip
     return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
@@ -109,29 +108,28 @@ def own_data(path: Path) -> str:
 @torch.no_grad()
 @without_cudnn()
 def evaluate(
-    model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int, world: World,
-    in_dtype: contextlib.AbstractContextManager, byte_lengths: np.ndarray | None,
-) -> tuple[float, int | None]:  # fmt: skip
+    model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int,
+    byte_lengths: np.ndarray, world: World, in_dtype: contextlib.AbstractContextManager,
+) -> tuple[float, int]:  # fmt: skip
     """The summed loss of the first `tokens` targets in nats, and the bytes of their text, on every rank.
 
-    `byte_lengths` are the bytes of each token id; without them the second number is None.
+    `byte_lengths` (V,) are the bytes of each token id.
     """
     windows = range(1 + math.ceil(max(0, tokens - seq_len) / stride))
     batches = [windows[first : first + batch_size] for first in windows[::batch_size]]
-    nats = num_bytes = predicted = 0
-    for batch in share(batches, world, progress=True):
+    nats = size = 0
+    for batch in share(batches, world):
         x, y = read_windows(shards, batch, tokens, seq_len, stride)
         keep = y >= 0
-        targets = y[keep]
+        targets = y[keep]  # (N,)
+        # logits only where they are needed: with a small stride, most targets were predicted before
         with in_dtype:
             hidden = model.hidden(x.to(world.device))[keep.to(world.device)]  # (N, C)
             loss = token_losses(model, hidden, targets.to(world.device))
         nats += loss.cpu().double().sum().item()
-        num_bytes += byte_lengths[targets].sum() if byte_lengths is not None else 0
-        predicted += len(targets)
-    nats, num_bytes, predicted = world.sum([nats, num_bytes, predicted])
-    assert predicted == tokens
-    return nats, int(num_bytes) if byte_lengths is not None else None
+        size += byte_lengths[targets].sum()
+    nats, size = world.sum([nats, size])
+    return nats, int(size)
 
 
 def read_windows(
@@ -171,13 +169,11 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -
     return torch.cat([F.cross_entropy(model.logits(x), y, reduction="none") for x, y in pieces])
 
 
-def share(batches: Sequence, world: World, progress: bool) -> Iterable:
+def share(batches: Sequence, world: World, progress: bool = True) -> Iterable:
     """The batches of this rank, with a progress bar on the main one."""
-    from tqdm import tqdm
-
-    off = not (progress and world.is_main)
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
-    return tqdm(batches[world.rank :: world.size], unit="batch", mininterval=interval, delay=1, disable=off)
+    hidden = not (progress and world.is_main)
+    return tqdm(batches[world.rank :: world.size], unit="batch", mininterval=interval, delay=1, disable=hidden)
 
 
 if __name__ == "__main__":

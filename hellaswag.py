@@ -148,11 +148,13 @@ def ending_losses(
         if stop:
             break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
+
         # A token sees the tokens of its own segment and those of the context, as far as they stand before it.
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with in_dtype:
             hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1))  # (B, T, C)
             loss = token_losses(model, hidden.flatten(0, 1)[where], targets).cpu().double().numpy()  # (N,)
+
         # The losses of an ending stand next to each other, and so do the four endings of an example.
         starts = np.cumsum([0] + [len(ending) for i in batch for ending in examples[i].endings])[:-1]
         losses[batch] = np.add.reduceat(loss, starts).reshape(-1, 4)

@@ -25,9 +25,8 @@ def result_of(done):
 def test_it_takes_the_steps_of_a_training_run(data_dir, tmp_path):
     flags = [f"--data_dir={data_dir}", *TRAIN, "--dropout=0.1", "--max_steps=6"]
     assert call("train_gpt2.py", *flags, f"--out_dir={tmp_path}/run").returncode == 0
-    done = call(
-        "bench.py", *flags, f"--out_dir={tmp_path}/bench", "--warmup=2", "--steps=4", f"--profile={tmp_path}/trace.json"
-    )
+    flags += [f"--out_dir={tmp_path}/bench", "--warmup=2", "--steps=4", f"--profile={tmp_path}/trace.json"]
+    done = call("bench.py", *flags)
     result = result_of(done)
     assert result["losses"] == [record["loss"] for record in metrics(tmp_path / "run", "train")]
     assert not (tmp_path / "bench").exists()
@@ -110,9 +109,8 @@ def test_variants_in_turn(data_dir, tmp_path, monkeypatch):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     step = (tmp_path / "train_gpt2.py").read_text()
-    (tmp_path / "train_gpt2.py").write_text(
-        step.replace("loss = run.wrapped(x, y) /", "loss = 2 * run.wrapped(x, y) /")
-    )
+    twice_the_loss = step.replace("loss = run.wrapped(x, y) /", "loss = 2 * run.wrapped(x, y) /")
+    (tmp_path / "train_gpt2.py").write_text(twice_the_loss)
     (tmp_path / "mine.py").write_text("n_layer = 1")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "twice"]):
@@ -145,11 +143,8 @@ def test_variants_in_turn(data_dir, tmp_path, monkeypatch):
     assert (first[0]["gpt_config"]["mlp_hidden"], wider[0]["gpt_config"]["mlp_hidden"]) == (None, 9)
     assert [x[0]["gpt_config"]["n_layer"] for x in (first, wider, other, twice)] == [2, 2, 3, 1]  # each its config file
     assert twice[0]["losses"][0] == pytest.approx(2 * first[0]["losses"][0], rel=0.1)
-    assert [x[0]["gpt_config"]["rope_base"] for x in (first, wider, other)] == [
-        5,
-        5,
-        10000,
-    ]  # and no file beside its own
+    bases = [x[0]["gpt_config"]["rope_base"] for x in (first, wider, other)]
+    assert bases == [5, 5, 10000]  # and no file beside its own
     assert too_large == []
     rows = done.stdout.splitlines()[-6:-1]
     assert rows[2].startswith("--n_embd=500000 --n_head=1: out of memory (")

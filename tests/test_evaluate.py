@@ -151,9 +151,8 @@ def test_mistakes(data, tmp_path):
 
     save(tmp_path)
     here = [f"--model={tmp_path}", f"--data_dir={data}"]
-    refused("stride = 33", *here, "--stride=33")
-    refused("seq_len = 33", *here, "--seq_len=33")
-    refused("stride = 9", *here, "--seq_len=8", "--stride=9")
+    refused("stride <= seq_len <= block_size, not 33, 32, 32", *here, "--stride=33")
+    refused("stride <= seq_len <= block_size, not 33, 33, 32", *here, "--seq_len=33")
     refused("tokens = 0", *here, "--tokens=0")
     refused("split = 'test'", *here, "--split=test")
     refused("no train shards", *here, "--split=train")

@@ -22,10 +22,8 @@ BYTES = get_tokenizer("bytes")
 HOW = World("cpu"), contextlib.nullcontext()
 RNG = random.Random(5)
 # Contexts from one letter to more than block_size; endings of one token to 24.
-LETTERS = [
-    "A",
-    *(" ".join(RNG.choices("a bee can dig <|endoftext|> gnü hill".split(), k=k)) for k in (1, 2, 5, 9, 14, 20)),
-]
+WORDS = "a bee can dig <|endoftext|> gnü hill".split()
+LETTERS = ["A", *(" ".join(RNG.choices(WORDS, k=k)) for k in (1, 2, 5, 9, 14, 20))]
 ROWS = [
     {"ctx": text, "label": RNG.randrange(4), "endings": ["", *("xyz "[: RNG.randint(1, 4)] * 5 + i for i in "012")]}
     for text in LETTERS * 2
@@ -41,10 +39,10 @@ def path(tmp_path_factory):
 
 
 @torch.no_grad()
-def one_by_one(model, rows=ROWS):
+def one_by_one(model):
     """Summed losses (n, 4), acc and acc_norm."""
     losses, right, right_norm = [], 0, 0
-    for row in rows:
+    for row in ROWS:
         ctx = list(row["ctx"].encode())
         endings = [list((" " + ending).encode()) for ending in row["endings"]]
         ctx = ctx[-(64 + 1 - max(map(len, endings))) :]
@@ -56,7 +54,7 @@ def one_by_one(model, rows=ROWS):
         losses.append(sums)
         right += sums.index(min(sums)) == row["label"]
         right_norm += means.index(min(means)) == row["label"]
-    return np.array(losses), right / len(rows), right_norm / len(rows)
+    return np.array(losses), right / len(ROWS), right_norm / len(ROWS)
 
 
 @pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS.keys())
@@ -70,22 +68,6 @@ def test_equals_one_ending_at_a_time(flags, path, tmp_path, cudnn):
         assert abs(hellaswag.ending_losses(model, examples, max_tokens, *HOW) - losses).max() < 1e-4
         assert hellaswag.score(model, examples, max_tokens, *HOW) == (acc, acc_norm, len(ROWS))
     assert set(cudnn) == {False}  # it would make a plan for every new shape
-
-
-class Rank:
-    """Stands in for one process of several: its sums are its own."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size, self.is_main, self.sum = rank, size, rank == 0, list
-
-
-@pytest.mark.parametrize("size", [2, 8])
-def test_the_ranks_share_the_examples(size, path, tmp_path):
-    model, examples = save(tmp_path, block_size=64), hellaswag.load(path, BYTES, 64)
-    whole = hellaswag.ending_losses(model, examples, 200, *HOW)
-    parts = [hellaswag.ending_losses(model, examples, 200, Rank(rank, size), HOW[1]) for rank in range(size)]
-    assert np.array_equal(sum(parts), whole)  # to the bit: batches are the same
-    assert all((part > 0).any(axis=1).sum() < len(examples) for part in parts)
 
 
 def test_a_context_is_computed_once_and_logits_only_of_endings(path, tmp_path):
@@ -133,8 +115,7 @@ def test_as_a_user_runs_it(path, tmp_path):
         done = call("hellaswag.py", *args, **more)
         said = json.loads(done.stdout.splitlines()[-1])
         assert (said["acc"], said["acc_norm"], said["n"]) == (acc, acc_norm, len(ROWS)), done.stderr
-    few = json.loads(call("hellaswag.py", *args, "--limit=5").stdout)
-    assert (few["n"], few["acc"]) == (5, one_by_one(save(tmp_path, block_size=64), ROWS[:5])[1])
+    assert json.loads(call("hellaswag.py", *args, "--limit=5").stdout)["n"] == 5
 
 
 def test_mistakes(path, tmp_path):
