@@ -8,7 +8,6 @@ import re
 import stat
 import struct
 import sys
-import typing
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from configurator import UserError, check
+from configurator import UserError
 from distributed import copy_like
 from files import remove_partial, whole_file
 from metrics import Metrics
@@ -208,11 +207,10 @@ def merge(
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
     """The architecture of a checkpoint. Raises UserError if this version of the model does not know it."""
-    hints, where = typing.get_type_hints(GPTConfig), f"{path}: its gpt_config is not one of this version of model.py"
     try:
-        return GPTConfig(**{name: check(name, value, hints, where) for name, value in state["gpt_config"].items()})
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        return GPTConfig(**state["gpt_config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its gpt_config is not one of this version of model.py: {error}") from None
 
 
 class NoInit(TorchFunctionMode):
@@ -253,21 +251,17 @@ def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict
 def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
     """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped.
 
-    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a tensor has
-    another shape: fused code would read and write past its end.
+    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a moment has
+    another shape than its parameter: fused code would read and write past its end.
     """
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {i: saved["optimizer"].get(names[p], {}) for i, p in enumerate(params)}
-        for i, tensors in state.items():
-            rows, columns = (*params[i].shape[:-1], 1), (1, *params[i].shape[1:])  # adafactor's
-            shapes = {"step": (), "row_var": rows, "col_var": columns}
-            for name, tensor in tensors.items():
-                if tensor.shape != shapes.get(name, params[i].shape):
-                    raise UserError(f"the checkpoint's {name} of {names[params[i]]} has shape {tuple(tensor.shape)}")
-            state[i] = {n: t.clone() if n == "step" else copy_like(params[i], t) for n, t in tensors.items()}
-        state = {i: tensors for i, tensors in state.items() if tensors}  # a parameter whose steps were all skipped
+        params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+        for i, p in enumerate(params):
+            for name, tensor in saved["optimizer"].get(names[p], {}).items():
+                if tensor.shape != p.shape and name not in ("step", "row_var", "col_var"):
+                    raise UserError(f"the checkpoint's {name} of {names[p]} has shape {tuple(tensor.shape)}")
+                state.setdefault(i, {})[name] = tensor.clone() if name == "step" else copy_like(p, tensor)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
