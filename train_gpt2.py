@@ -270,11 +270,9 @@ def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenize
         raise UserError(f"batch_size x seq_len above 32768 has wrong gradients on MPS; use --batch_size={32768 // T}")
     if (config.sample_interval or config.hellaswag_interval) and not tokenizer:
         raise UserError(f"{config.data_dir}: its tokenizer is not known, which samples and HellaSwag need")
-    if rest := config.total_batch_size % one_round:
-        parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
-        below = config.total_batch_size - rest
-        near = " or ".join(f"--total_batch_size={size}" for size in (below, below + one_round) if size)
-        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}; use {near}")
+    if config.total_batch_size % one_round:
+        parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes = {one_round}"
+        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
 
 
 def build(run: Run, state: State) -> None:
@@ -368,7 +366,7 @@ def train(run: Run, state: State) -> int:
         # the resumed run makes.
         if done or stop:
             batches.close()
-            return conclude(run, state, val_loss, stop)
+            return conclude(run, state, stop)
 
         # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such steps
         # are bad luck; many in a row mean that the run has diverged, and no later step will mend it.
@@ -681,16 +679,14 @@ def log_step(run: Run, state: State, loss: float, norm: float) -> None:
     run.log.say(f"{here(run, state)} | {numbers} | eta {clock(left)}")
 
 
-def conclude(run: Run, state: State, val_loss: float | None, stopped: bool) -> int:
+def conclude(run: Run, state: State, stopped: bool) -> int:
     """Record the end of a run that is saved, write its report and say what comes next. Returns the exit status, 0."""
     log, out_dir = run.log, run.config.out_dir
     if stopped:  # whoever stops a run cannot wait for a report
         log.write("event", event="stopped", step=state.step, signal=run.stop.reason)
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
         return 0
-    lowest = state.lowest if math.isfinite(state.lowest["val_loss"]) else None
-    about = dict(ended_by=state.ended_by, val_loss=val_loss, lowest_val_loss=lowest, seconds=state.seconds)
-    log.write("event", event="done", step=state.step, **about)
+    log.write("event", event="done", step=state.step, ended_by=state.ended_by, seconds=state.seconds)
     write_report(run)
     if state.best["step"] not in (None, state.step):
         best = f"val loss {state.best['val_loss']:.4f} at step {state.best['step']}"
