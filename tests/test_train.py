@@ -97,7 +97,8 @@ def test_what_a_run_leaves(data_dir, straight):
     line = r"step +20/20 \| loss \d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d\.\d{4} \| "
     assert re.search(line + r"[\d.]+ ms \| [\d,]+ tok/s \| eta 0:00:00", done.stdout)
     assert "\nstep: 256 tokens = 4 x 1 x 2 x 32 (micro-batches, " in done.stdout
-    assert re.search(r"step +20/20 \| val loss \d\.\d{4} \| word loss [\d.]+ \| \d\.\d{4} bits per byte \| after 0:00 h\n", done.stdout)
+    line = r"step +20/20 \| val loss \d\.\d{4} \| word loss [\d.]+ \| "
+    assert re.search(line + r"\d\.\d{4} bits per byte \| after 0:00 h\n", done.stdout)
     assert losses(out)[20] < losses(out)[1] - 1
 
 
