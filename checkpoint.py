@@ -109,8 +109,8 @@ def load_run(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path} is not there for this process; all processes of a run must see its out_dir")
     saved = load(path)
-    if missing := {"config", "optimizer", "scaler", "data", "training_weights"} - saved.keys():
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
+    if "optimizer" not in saved:
+        raise UserError(f"{path}: holds only a model, which a run cannot go on from; use it with --init_from")
     return saved
 
 
@@ -150,9 +150,8 @@ def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -
     records = log.records()
     if not resume:
         if find(out_dir) or any(record.get("event") == "done" for record in records):
-            raise UserError(
-                f"out_dir {out_dir} already holds a run; continue it with --resume=True, or name another, or delete it"
-            )
+            advice = "continue it with --resume=True, or name another, or delete it"
+            raise UserError(f"out_dir {out_dir} already holds a run; {advice}")
         if records:
             log.say(f"{out_dir}: the run there died before its first checkpoint; this one takes its place")
         return None, {}
@@ -232,8 +231,7 @@ def model_of(config: GPTConfig, weights: dict[str, Tensor], path: Path | str) ->
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
-    """Put weights into a model: copies, or the tensors themselves (assign). Raises UserError, naming the tensor, unless
-    they are all of the model's and no others."""
+    """Put weights into a model: copies, or the tensors themselves (assign). UserError names one that does not fit."""
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (f"{t[name].dtype} {tuple(t[name].shape)}" if name in t else None for t in (weights, wanted))
