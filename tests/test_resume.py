@@ -442,7 +442,9 @@ def test_one_run_at_a_time(data_dir, tmp_path):
     """Of two that start at the same moment one goes on; a third is kept out, even without a metrics.jsonl."""
     out, flags = tmp_path / "run", [*TRAIN, "--max_steps=100000", "--val_interval=0"]
     pair = [fork(data_dir, out, *flags) for _ in range(2)]
+    deadline = time.monotonic() + 60
     while all(process.is_alive() for process in pair):
+        assert time.monotonic() < deadline, "both of them train"
         time.sleep(0.01)
     first, second = sorted(pair, key=lambda process: process.is_alive(), reverse=True)
     assert second.ended() == 2
