@@ -8,7 +8,6 @@ import re
 import stat
 import struct
 import sys
-import typing
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from configurator import UserError, check
+from configurator import UserError
 from distributed import copy_like
 from files import remove_partial, whole_file
 from metrics import Metrics
@@ -110,8 +109,8 @@ def load_run(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path} is not there for this process; all processes of a run must see its out_dir")
     saved = load(path)
-    if missing := {"config", "optimizer", "scaler", "data", "training_weights"} - saved.keys():
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))} to go on from; use it with --init_from")
+    if "optimizer" not in saved:
+        raise UserError(f"{path}: holds only a model, which a run cannot go on from; use it with --init_from")
     return saved
 
 
@@ -151,9 +150,8 @@ def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -
     records = log.records()
     if not resume:
         if find(out_dir) or any(record.get("event") == "done" for record in records):
-            raise UserError(
-                f"out_dir {out_dir} already holds a run; continue it with --resume=True, or name another, or delete it"
-            )
+            advice = "continue it with --resume=True, or name another, or delete it"
+            raise UserError(f"out_dir {out_dir} already holds a run; {advice}")
         if records:
             log.say(f"{out_dir}: the run there died before its first checkpoint; this one takes its place")
         return None, {}
@@ -208,11 +206,10 @@ def merge(
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
     """The architecture of a checkpoint. Raises UserError if this version of the model does not know it."""
-    hints, where = typing.get_type_hints(GPTConfig), f"{path}: its gpt_config is not one of this version of model.py"
     try:
-        return GPTConfig(**{name: check(name, value, hints, where) for name, value in state["gpt_config"].items()})
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        return GPTConfig(**state["gpt_config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its gpt_config is not one of this version of model.py: {error}") from None
 
 
 class NoInit(TorchFunctionMode):
@@ -234,8 +231,7 @@ def model_of(config: GPTConfig, weights: dict[str, Tensor], path: Path | str) ->
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
-    """Put weights into a model: copies, or the tensors themselves (assign). Raises UserError, naming the tensor, unless
-    they are all of the model's and no others."""
+    """Put weights into a model: copies, or the tensors themselves (assign). UserError names one that does not fit."""
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (f"{t[name].dtype} {tuple(t[name].shape)}" if name in t else None for t in (weights, wanted))
@@ -253,21 +249,17 @@ def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict
 def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
     """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped.
 
-    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a tensor has
-    another shape: fused code would read and write past its end.
+    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a moment has
+    another shape than its parameter: fused code would read and write past its end.
     """
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {i: saved["optimizer"].get(names[p], {}) for i, p in enumerate(params)}
-        for i, tensors in state.items():
-            rows, columns = (*params[i].shape[:-1], 1), (1, *params[i].shape[1:])  # adafactor's
-            shapes = {"step": (), "row_var": rows, "col_var": columns}
-            for name, tensor in tensors.items():
-                if tensor.shape != shapes.get(name, params[i].shape):
-                    raise UserError(f"the checkpoint's {name} of {names[params[i]]} has shape {tuple(tensor.shape)}")
-            state[i] = {n: t.clone() if n == "step" else copy_like(params[i], t) for n, t in tensors.items()}
-        state = {i: tensors for i, tensors in state.items() if tensors}  # a parameter whose steps were all skipped
+        params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+        for i, p in enumerate(params):
+            for name, tensor in saved["optimizer"].get(names[p], {}).items():
+                if tensor.shape != p.shape and name not in ("step", "row_var", "col_var"):
+                    raise UserError(f"the checkpoint's {name} of {names[p]} has shape {tuple(tensor.shape)}")
+                state.setdefault(i, {})[name] = tensor.clone() if name == "step" else copy_like(p, tensor)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])

@@ -40,7 +40,7 @@ from configurator import PathStr, UserError, at_least, cli, configure
 from dataloader import Windows, check_data, data_tokenizer, fingerprints, read_meta, train_batches, val_batches
 from distributed import StopRequest, World, full, hardware, machine, make_deterministic, peak_memory, pick_dtype
 from metrics import Metrics, bits_per_byte, clock, word_loss
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, choose_attention_kernel
 from optim import Average, OptimConfig, learning_rate, make_optimizers
 
 MAX_SKIPPED = 20  # a run gives up after this many steps in a row without a finite loss and gradient
@@ -50,40 +50,39 @@ MAX_SKIPPED = 20  # a run gives up after this many steps in a row without a fini
 class TrainConfig(OptimConfig):
     """A training run, with its optimizer. The defaults pretrain GPT-2 124M on FineWeb-Edu."""
 
-    # files
+    # what most runs set
     out_dir: PathStr = "out/gpt2_124m"  # folder for metrics, checkpoints and the report
     data_dir: PathStr = "data/fineweb_edu10B"  # folder of token shards, made by fineweb.py
     init_from: PathStr = "scratch"  # "scratch", a checkpoint, a run's or Hugging Face folder, or gpt2..gpt2-xl
     resume: bool = False  # continue the run in out_dir from its newest checkpoint; start it if there is none
-    # machine
-    seed: int = 1337  # seed of the initial weights, the data order and dropout
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
+    batch_size: int = 16  # sequences in a micro-batch, on each GPU
+    total_batch_size: int | None = 524288  # tokens per optimizer step, in micro-batches; None: one micro-batch
+    max_steps: int | None = None  # optimizer steps; None: as many as epochs says
+    val_interval: int = 250  # steps between evaluations on the validation set; 0: none
+    checkpoint_interval: int = 1000  # steps between checkpoints, the last step always has one; 0: only that
+    # length
+    epochs: float | None = None  # passes over the training set, unless max_steps ends sooner; None: one
+    max_hours: float | None = None  # time limit of the run, all its launches together; None: no limit
+    target_loss: float | None = None  # stop after a step whose training loss is below this
+    patience: int | None = None  # stop after this many evaluations without a new lowest validation loss
+    # between steps; an interval of 0 means never
+    val_tokens: int = 10485760  # tokens to evaluate on, from the start of the validation set
+    hellaswag_interval: int = 0  # steps between evaluations on HellaSwag's 10,042 examples
+    sample_interval: int = 0  # steps between samples of 200 tokens
+    sample_start: str = ""  # text that samples continue; empty: the start of a document
+    keep_checkpoints: int = 3  # newest checkpoints to keep, beside the best one; 0: all
+    log_interval: int = 10  # steps between log lines and train records
+    log_to: Literal["wandb"] | None = None  # also send the numbers to Weights & Biases; WANDB_MODE=offline works
+    # computation
+    seed: int = 1337  # seed of the initial weights, the data order and dropout
+    seq_len: int | None = None  # tokens in a training sequence; None: block_size
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of matrix products; weights: float32
     compile: bool | None = None  # torch.compile: faster steps after a minute of compiling; None: on NVIDIA GPUs
     parallel: Literal["ddp", "ddp_bf16", "fsdp"] = "ddp"  # ddp_bf16: half the traffic; fsdp: less memory, slower
     activation_checkpointing: bool = False  # recompute activations in the backward pass: saves memory, 1/4 slower
     chunked_loss: bool = False  # compute the logits in chunks: saves memory
     deterministic: bool = False  # the same bits in every run on GPUs too (slower); on CPUs they always are
-    # batch
-    seq_len: int | None = None  # tokens in a training sequence; None: block_size
-    batch_size: int = 16  # sequences in a micro-batch, on each GPU
-    total_batch_size: int | None = 524288  # tokens per optimizer step, in micro-batches; None: one micro-batch
-    # length
-    max_steps: int | None = None  # optimizer steps; None: as many as epochs says
-    epochs: float | None = None  # passes over the training set, unless max_steps ends sooner; None: one
-    max_hours: float | None = None  # time limit of the run, all its launches together; None: no limit
-    target_loss: float | None = None  # stop after a step whose training loss is below this
-    patience: int | None = None  # stop after this many evaluations without a new lowest validation loss
-    # what else happens; an interval of 0 means never
-    val_interval: int = 250  # steps between evaluations on the validation set
-    val_tokens: int = 10485760  # tokens to evaluate on, from the start of the validation set
-    hellaswag_interval: int = 0  # steps between evaluations on HellaSwag's 10,042 examples
-    sample_interval: int = 0  # steps between samples of 200 tokens
-    sample_start: str = ""  # text that samples continue; empty: the start of a document
-    checkpoint_interval: int = 1000  # steps between checkpoints; the last step always has one
-    keep_checkpoints: int = 3  # newest checkpoints to keep, beside the best one; 0: all
-    log_interval: int = 10  # steps between log lines and train records
-    log_to: Literal["wandb"] | None = None  # also send the numbers to Weights & Biases; WANDB_MODE=offline works
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,8 +94,6 @@ class TrainConfig(OptimConfig):
             raise ValueError("out_dir or data_dir is empty")
         if self.parallel == "fsdp" and self.optimizer == "adafactor":
             raise ValueError("optimizer = 'adafactor' needs whole matrices; use --parallel=ddp, or adamw or muon")
-        if self.patience and not self.val_interval:
-            raise ValueError("patience counts evaluations, but val_interval = 0 means there are none")
 
 
 # A resumed run keeps its options; flags change them, but never these: another model (all of GPTConfig),
@@ -169,7 +166,7 @@ def main() -> int:
     # died between its last checkpoint and its last record is not finished: it goes on to conclude.
     if path and finished(run, state) and world.on_main(lambda: log.is_done(state.step)):
         report = log.path.with_name("report.md")
-        if world.is_main and not (report.exists() and report.stat().st_mtime >= log.path.stat().st_mtime):
+        if not (report.exists() and report.stat().st_mtime >= log.path.stat().st_mtime):
             write_report(run)
         log.say(f"{config.out_dir}: this run is done, at step {state.step}")
         world.close()
@@ -181,6 +178,7 @@ def main() -> int:
     again = evaluations_due(run, state) | {"sample"}
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
     announce(run, state)
+    check_shared(run)
     if run.config.hellaswag_interval:
         load_hellaswag(run, state)
     gc.enable()
@@ -272,11 +270,9 @@ def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenize
         raise UserError(f"batch_size x seq_len above 32768 has wrong gradients on MPS; use --batch_size={32768 // T}")
     if (config.sample_interval or config.hellaswag_interval) and not tokenizer:
         raise UserError(f"{config.data_dir}: its tokenizer is not known, which samples and HellaSwag need")
-    if rest := config.total_batch_size % one_round:
-        parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes"
-        below = config.total_batch_size - rest
-        near = " or ".join(f"--total_batch_size={size}" for size in (below, below + one_round) if size)
-        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}; use {near}")
+    if config.total_batch_size % one_round:
+        parts = f"batch_size {config.batch_size} x seq_len {T} x {world.size} processes = {one_round}"
+        raise UserError(f"total_batch_size = {config.total_batch_size} is not a multiple of {parts}")
 
 
 def build(run: Run, state: State) -> None:
@@ -286,8 +282,9 @@ def build(run: Run, state: State) -> None:
     # Every process draws the same initial weights, or copies the same ones from the checkpoint. Where a
     # run averages its weights, "model" is the average, and the weights that train on lie beside it.
     make_deterministic(world.device, config.deterministic)
-    torch.manual_seed(config.seed)
+    choose_attention_kernel(run.gpt_config.dropout)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    torch.manual_seed(config.seed)
     run.model = model = GPT(run.gpt_config)
     if saved:
         weights = saved.get("training_weights") or saved["model"]
@@ -348,7 +345,7 @@ def train(run: Run, state: State) -> int:
     batches = train_batches(
         run.train_data, config.seed, run.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
     )
-    loss, norm, stop, postponed = math.nan, math.nan, False, False
+    loss, norm, stop = math.nan, math.nan, False
     while True:
         # Between two steps the weights stand still: this is the time to measure them and to save them.
         # Whoever asks the run to stop cannot wait for that: the resumed run does it.
@@ -359,18 +356,17 @@ def train(run: Run, state: State) -> int:
         if done and state.times:  # ended by its evaluation, at a step without a train record
             log_step(run, state, loss, norm)
 
-        # A checkpoint waits while steps are being skipped: weights that have just become useless would
-        # push out good ones. Only the end of the run cannot wait.
-        wanted = done or stop or postponed or (state.step > 0 and due(state.step, config.checkpoint_interval))
-        postponed = wanted and state.skipped > 0 and not done
-        if wanted and not postponed:
+        # While steps are being skipped, only the end of the run is saved: weights that have just become
+        # useless would push out good ones.
+        wanted = stop or (state.step > 0 and due(state.step, config.checkpoint_interval))
+        if done or (wanted and not state.skipped):
             save(run, state, val_loss, last=done or stop)
 
         # The end is recorded once everything is saved. A kill in between costs only the record, which
         # the resumed run makes.
         if done or stop:
             batches.close()
-            return conclude(run, state, val_loss, stop)
+            return conclude(run, state, stop)
 
         # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such steps
         # are bad luck; many in a row mean that the run has diverged, and no later step will mend it.
@@ -386,8 +382,7 @@ def train(run: Run, state: State) -> int:
 
 
 def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, bool]:
-    """One optimizer step. Returns the loss of the whole batch, the gradient's norm before clipping, and whether any
-    process was asked to stop."""
+    """One step. Returns the loss of the whole batch, the gradient's norm before clipping, and whether to stop."""
     config, world, scaler, began = run.config, run.world, run.scaler, time.perf_counter()
     state.step += 1
 
@@ -431,8 +426,7 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
 
 
 def update(run: Run, state: State, finite: bool) -> None:
-    """Update the weights by their gradients, unless these are not finite: a NaN would spoil the weights for good. All
-    processes have the same loss and norm, so all of them skip the step, or none does."""
+    """Update the weights, unless the step was not finite on any process: a NaN would spoil them for good."""
     lr = learning_rate(state.step, run.config, run.max_steps)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -461,13 +455,12 @@ def due(step: int, interval: int, at_end: bool = False) -> bool:
 
 
 def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
-    """Measure the validation loss, score HellaSwag and write a sample, whichever is due. Returns the validation loss,
-    if it was measured, and whether a request to stop interrupted it all."""
+    """Evaluate and write a sample, if due. Returns the validation loss, if any, and whether a request to stop came."""
     config, log, kinds = run.config, run.log, evaluations_due(run, state)
     if not kinds:
         return None, False
     val_loss = None
-    with averaged_weights(run):
+    with weights_to_measure(run):
         if "val" in kinds:
             val_loss = evaluate(run)
             if val_loss is None:
@@ -484,15 +477,16 @@ def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
             log.write("hellaswag", step=state.step, acc=score[0], acc_norm=score[1], n=score[2])
             log.say(f"{here(run, state)} | HellaSwag acc {score[0]:.4f}, acc_norm {score[1]:.4f}, of {score[2]:,}")
         if "sample" in kinds:
-            text, problem = sample(run)
+            try:
+                text = sample(run)
+            except FloatingPointError as error:  # the weights have become useless, which the loss shows too
+                log.write("event", event="no sample", step=state.step, problem=str(error))
+                log.say(f"{here(run, state)} | no sample: {error}")
+                return val_loss, False
             if run.world.any(run.stop):
                 return None, True
-            if problem:
-                log.write("event", event="no sample", step=state.step, problem=problem)
-                log.say(f"{here(run, state)} | no sample: {problem}")
-            else:
-                log.write("sample", step=state.step, text=text)
-                log.say(f"--- sample\n{text}\n---")
+            log.write("sample", step=state.step, text=text)
+            log.say(f"--- sample\n{text}\n---")
     return val_loss, False
 
 
@@ -504,13 +498,15 @@ def evaluations_due(run: Run, state: State) -> set[str]:
 
 
 @contextlib.contextmanager
-def averaged_weights(run: Run) -> Iterator[None]:
-    """Inside, the model has the average of its weights, if the run keeps one: that is what is measured and saved."""
+def weights_to_measure(run: Run) -> Iterator[None]:
+    """Inside, the model drops nothing out, and has the average of its weights if the run keeps one."""
+    run.model.eval()
     if run.average:
         run.average.swap()
     try:
         yield
     finally:
+        run.model.train()
         if run.average:
             run.average.swap()
             run.world.reshard()
@@ -523,7 +519,6 @@ def evaluate(run: Run) -> float | None:
     batches = val_batches(run.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device)
     rounds = math.ceil(val_windows(run) / (config.batch_size * world.size))
     hidden = None if world.is_main else True  # None: where stderr is no terminal
-    model.eval()
     losses, counts, stopped = [], [], False
     for x, y in tqdm(batches, "evaluating", rounds, unit="batch", delay=3, leave=False, disable=hidden):
         # All processes take the same number of batches, and stop at the same one.
@@ -534,7 +529,6 @@ def evaluate(run: Run) -> float | None:
         missing = (0, 0, 0, config.batch_size - len(x))
         with run.autocast:
             losses.append(model(F.pad(x, missing), F.pad(y, missing, value=-1)))
-    model.train()
 
     # Sum up in float64, so that the result hardly depends on how the windows were shared out.
     losses = [loss.item() for loss in losses]  # one wait for the GPU, at the end
@@ -565,27 +559,22 @@ def record_val_loss(run: Run, state: State, val_loss: float) -> None:
     run.log.say(f"{here(run, state)} | val loss {val_loss:.4f}{more} | after {hours_and_minutes} h")
 
 
-def sample(run: Run) -> tuple[str, str | None]:
-    """sample_start and 200 tokens behind it, the same ones for the same weights; and what went wrong, if anything.
+def sample(run: Run) -> str:
+    """sample_start and 200 tokens behind it; fewer if a request to stop comes. All processes sample the same text.
 
-    All processes sample, and get the same text. It is shorter if a request to stop comes.
+    Raises FloatingPointError if the weights give no finite logits.
     """
     from sample import complete  # tokenizers take a while to import
     from tokenizer import get_tokenizer
 
-    run.model.eval()
-    text, problem, enc = run.config.sample_start, None, get_tokenizer(run.tokenizer)
-    try:
-        # Gathered weights are in the precision of the products, which only autocast mixes with others.
-        with run.world.unsharded(), run.autocast if run.world.sharded else contextlib.nullcontext():
-            for (piece,) in complete(run.model, enc, text, 1, 200, temperature=0.8, top_k=200):
-                text += piece
-                if run.world.any(run.stop):
-                    break
-    except FloatingPointError as error:  # the weights have become useless, which the loss shows too
-        problem = str(error)
-    run.model.train()
-    return text, problem
+    text, enc = run.config.sample_start, get_tokenizer(run.tokenizer)
+    # Gathered weights are in the precision of the products, which only autocast mixes with others.
+    with run.world.unsharded(), run.autocast if run.world.sharded else contextlib.nullcontext():
+        for (piece,) in complete(run.model, enc, text, 1, 200, temperature=0.8, top_k=200):
+            text += piece
+            if run.world.any(run.stop):
+                break
+    return text
 
 
 def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
@@ -631,8 +620,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
 
 def announce(run: Run, state: State) -> None:
     """Record what begins or goes on, and print it: model, data, batch, folder, changed options."""
-    config, world, log, windows = run.config, run.world, run.log, len(run.train_data)
-    parameters = run.model.num_params()
+    config, world, log, T = run.config, run.world, run.log, run.config.seq_len
+    parameters, windows = run.model.num_params(), len(run.train_data)
     about = dict(machine(world.device, pick_dtype(config.dtype, world.device)), world_size=world.size)
     if not log.has_run:  # a new run, or a checkpoint that was copied here without its metrics.jsonl
         configs = dict(config=asdict(config), gpt_config=asdict(run.gpt_config))
@@ -640,27 +629,32 @@ def announce(run: Run, state: State) -> None:
         log.write("run", **configs, parameters=parameters, max_steps=run.max_steps, data=data, **about)
     if run.path:
         log.write("event", event="resume", step=state.step, checkpoint=run.path.name, changed=run.changed, **about)
-    epochs = run.max_steps * run.rows / windows
     log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
-    log.say(f"data: {plural(windows, 'window')} of {config.seq_len} tokens in {config.data_dir}; {epochs:.2f} epochs")
-    parts = f"{plural(run.micro_batches, 'micro-batch', 'es')} x {world.size} x {config.batch_size}"
-    log.say(f"step: {plural(run.rows, 'window')} = {parts}")
+    epochs = run.max_steps * run.rows / windows
+    log.say(f"data: {windows:,} x {T} tokens in {config.data_dir}; {epochs:.2f} epochs")
+    parts = f"{run.micro_batches} x {world.size} x {config.batch_size} x {T} (micro-batches, processes, batch, context)"
+    log.say(f"step: {config.total_batch_size:,} tokens = {parts}")
     log.say(f"resuming at step {state.step} in {config.out_dir}" if run.path else f"writing to {config.out_dir}")
     for name, (before, after) in run.changed.items():
         log.say(f"changed: {name} = {after}, was {before}")
     if (config.warmup_steps or 0) > max(1, run.max_steps):
-        log.say(f"warmup_steps = {config.warmup_steps} outlasts this run of {plural(run.max_steps, 'step')}")
-    if "val" in evaluations_due(run, state):
-        log.say(f"first an evaluation, on {plural(val_windows(run), 'window')}")
+        log.say(f"warmup_steps = {config.warmup_steps:g} outlasts the run, which ends at step {run.max_steps}")
+
+
+def check_shared(run: Run) -> None:
+    """Raises UserError unless all processes see the run that rank 0 has begun: all of them read its checkpoints."""
+    newest = run.world.on_main(run.log.records)[-1:]  # it names the time of this launch
+
+    def see() -> tuple[None, int]:
+        if run.log.records()[-1:] != newest:
+            raise UserError(f"out_dir {run.config.out_dir} is not the same folder for all processes; use a shared disk")
+        return None, 0
+
+    run.world.together(see)
 
 
 def here(run: Run, state: State) -> str:
     return f"step {state.step:>5}/{run.max_steps}"
-
-
-def plural(n: int, word: str, ending: str = "s") -> str:
-    """1 window, 2 windows."""
-    return f"{n:,} {word}{ending if n != 1 else ''}"
 
 
 def log_step(run: Run, state: State, loss: float, norm: float) -> None:
@@ -681,22 +675,19 @@ def log_step(run: Run, state: State, loss: float, norm: float) -> None:
     )  # fmt: skip
     speed = f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "")
     left = min(dt * (run.max_steps - step), 3600 * (config.max_hours or math.inf) - state.seconds)
-    line = f"{here(run, state)} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {speed} | eta {clock(left)}"
-    run.log.say(line)
+    numbers = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {speed}"
+    run.log.say(f"{here(run, state)} | {numbers} | eta {clock(left)}")
 
 
-def conclude(run: Run, state: State, val_loss: float | None, stopped: bool) -> int:
+def conclude(run: Run, state: State, stopped: bool) -> int:
     """Record the end of a run that is saved, write its report and say what comes next. Returns the exit status, 0."""
     log, out_dir = run.log, run.config.out_dir
     if stopped:  # whoever stops a run cannot wait for a report
         log.write("event", event="stopped", step=state.step, signal=run.stop.reason)
         log.say(f"stopped by a signal at step {state.step}; the same command with --resume=True goes on")
         return 0
-    lowest = state.lowest if math.isfinite(state.lowest["val_loss"]) else None
-    about = dict(ended_by=state.ended_by, val_loss=val_loss, lowest_val_loss=lowest, seconds=state.seconds)
-    log.write("event", event="done", step=state.step, **about)
-    if run.world.is_main:
-        write_report(run)
+    log.write("event", event="done", step=state.step, ended_by=state.ended_by, seconds=state.seconds)
+    write_report(run)
     if state.best["step"] not in (None, state.step):
         best = f"val loss {state.best['val_loss']:.4f} at step {state.best['step']}"
         log.say(f"its best checkpoint has {best}; --best=True takes that one, not the last")
@@ -712,21 +703,21 @@ def give_up(run: Run, state: State, loss: float, norm: float) -> int:
     log.say(f"gave up at step {state.step}: {what}, the last of {state.skipped} skipped steps in a row")
     last = "there is no checkpoint yet" if state.saved_step is None else f"step {state.saved_step} is saved"
     log.say(f"{last}; go on from there with {lower}")
-    if run.world.is_main:
-        write_report(run)
+    write_report(run)
     return 3
 
 
 def write_report(run: Run) -> None:
     """Write report.md and its plots, as report.py does. A report that fails is a line: the run itself is saved."""
-    out_dir = run.config.out_dir
+    log, out_dir = run.log, run.config.out_dir
+    if not run.world.is_main:
+        return
     try:
         import report  # with matplotlib, which takes a second to import
 
-        run.log.say(f"report: {report.write([report.read(out_dir)], out_dir)}")
-    except Exception as error:  # a full disk, a missing package, fonts: of many types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        run.log.say(f"no report: {reason}; try python report.py {shlex.quote(out_dir)}")
+        log.say(f"report: {report.write([report.read(out_dir)], out_dir)}")
+    except (OSError, ImportError, RuntimeError, ValueError, UserError) as error:  # a full disk, a package, a font
+        log.say(f"no report: {error}; try python report.py {shlex.quote(out_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import atexit
 import contextlib
+import errno
 import gc
 import importlib
 import io
@@ -8,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import train_gpt2
 from configurator import TORCHRUN, cli
 from distributed import StopRequest
@@ -200,3 +203,34 @@ def cudnn(monkeypatch):
 def metrics(out_dir, kind):
     records = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == kind]
+
+
+def events(out_dir):
+    return [(record["event"], record["step"]) for record in metrics(out_dir, "event")]
+
+
+def refused(done, *said):
+    """One line on stderr that says this, and status 2."""
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert all(text in done.stderr for text in said), done.stderr
+    return True
+
+
+def cut(run, out, step):
+    """`out` becomes a copy of a run that died behind its checkpoint of this step."""
+    out.mkdir()
+    shutil.copy(run / f"ckpt_{step:06d}.pt", out)
+    shutil.copy(run / "metrics.jsonl", out)
+    return out
+
+
+def disk_full_at(steps):
+    """checkpoint.save, but the disk does not take these steps."""
+    save = checkpoint.save
+
+    def failing(state, *args):
+        if state["step"] in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(state, *args)
+
+    return failing

@@ -43,17 +43,12 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_round_trip_and_what_a_kill_left_is_cleaned_up(tmp_path):
+def test_the_newest_and_the_best_are_kept_and_what_a_kill_left_goes(tmp_path):
     (tmp_path / ".ckpt_000002.pt.123.partial").write_bytes(b"half")
-    path = save(tmp_path, 3)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] == ["ckpt_000003.pt"]
-    assert same(checkpoint.load(path), state(3))
-
-
-def test_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 8):
-        save(tmp_path, step, keep=2, best=min(step, 3))
-    assert steps(tmp_path) == [7, 6, 3]
+        path = save(tmp_path, step, keep=2, best=min(step, 3))
+        assert same(checkpoint.load(path), state(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt_000003.pt", "ckpt_000006.pt", "ckpt_000007.pt"]
     save(tmp_path, 1_000_000)
     assert steps(tmp_path) == [1_000_000, 7, 6, 3]  # by number, not by name
 
@@ -74,16 +69,14 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path):
     save(tmp_path, 1, 2)
     before = contents(tmp_path)
     ignored, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = len(before["ckpt_000002.pt"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt_000002.pt"]) // 2, limits[1]))
     try:
-        for room in (0, 1, size // 2, size - 1):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-            with pytest.raises(OSError, match="too large"):
-                save(tmp_path, 3, keep=2)
-            assert contents(tmp_path) == before
+        with pytest.raises(OSError, match="too large"):
+            save(tmp_path, 3, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
+    assert contents(tmp_path) == before
     (tmp_path / "ckpt_000000.pt").mkdir()  # which no unlink removes
     save(tmp_path, 3, keep=2)
     assert steps(tmp_path) == [3, 2, 0]
@@ -148,22 +141,20 @@ def test_falls_back_to_the_newest_whole_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("part", "change", "said"),
     [
-        (lambda s: s["gpt_config"].update(n_expert=8), "its gpt_config .*n_expert"),
-        (lambda s: s["gpt_config"].update(n_head=3), "its gpt_config .*n_head"),
-        (lambda s: s["model"].update({"ln_f.bias": torch.zeros(1)}), r"ln_f.bias is torch.float32 \(1,\)"),
-        (lambda s: s["model"].update({"wte.weight": s["model"]["wte.weight"].half()}), "wte.weight is torch.float16"),
-        (lambda s: s["model"].update({"h.1.ln_1.weight": torch.ones(8)}), "h.1.ln_1.weight"),
-        (lambda s: s["model"].pop("ln_f.weight"), "ln_f.weight is None"),
+        ("gpt_config", {"n_expert": 8}, "its gpt_config .*n_expert"),
+        ("gpt_config", {"n_head": 3}, "its gpt_config .*n_head"),
+        ("model", {"ln_f.bias": torch.zeros(1)}, r"ln_f.bias is torch.float32 \(1,\)"),
+        ("model", {"ln_f.bias": torch.zeros(8).half()}, "ln_f.bias is torch.float16"),
+        ("model", {"h.1.ln_1.weight": torch.ones(8)}, "h.1.ln_1.weight is .* it must be None"),
     ],
 )
-def test_a_model_of_another_kind_is_one_line(tmp_path, change, said):
-    odd = copy.deepcopy(state(1, gpt_config=dict(vars(TINY))))
-    change(odd)
-    with pytest.raises(UserError, match=f"ckpt_000001.pt: {said}") as error:
+def test_a_model_of_another_kind_is_one_line(tmp_path, part, change, said):
+    odd = state(1)
+    odd[part] = odd[part] | change
+    with pytest.raises(UserError, match=f"ckpt_000001.pt: {said}"):
         load_model(str(checkpoint.save(odd, tmp_path, keep=0, best_step=None)), CPU)
-    assert "\n" not in str(error.value)
 
 
 def trained(**options):
@@ -207,12 +198,11 @@ def test_an_optimizer_goes_on_where_it_was(kind, options):
         assert same(*(checkpoint.optimizer_state(*each) for each in ((model, optimizers), (resumed, restored))))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_moment_of_another_shape_is_refused_by_name(kind):
     """Fused code would read and write past its end."""
     model, optimizers, saved = trained(optimizer=kind)
-    for name in saved["optimizer"]["h.0.attn.c_q.weight"]:
-        odd = copy.deepcopy(saved)
-        odd["optimizer"]["h.0.attn.c_q.weight"][name] = torch.zeros(3)
-        with pytest.raises(UserError, match=f"{name} of h.0.attn.c_q.weight has shape"):
-            checkpoint.restore(odd, model, optimizers, SCALER)
+    name = {"adamw": "exp_avg_sq", "muon": "momentum_buffer"}[kind]
+    saved["optimizer"]["h.0.attn.c_q.weight"][name] = torch.zeros(3)
+    with pytest.raises(UserError, match=f"{name} of h.0.attn.c_q.weight has shape"):
+        checkpoint.restore(saved, model, optimizers, SCALER)
