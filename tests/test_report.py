@@ -28,7 +28,7 @@ def fake(folder, optimizer="adamw", seed=1, offset=0.0, data=DATA, steps=60, eve
             log.write("val", step=step, val_loss=2 + offset + 3 * (1 - step / steps))
         if step:
             log.write(
-                "train", step=step, loss=5.0 / step, mean_loss=5.0 / step, lr=1e-3, grad_norm=1.0 + step, dt=5.0,
+                "train", step=step, loss=9.0, mean_loss=5.0 / step, lr=1e-3, grad_norm=1.0 + step, dt=5.0,
                 tokens=512 * step, tokens_per_sec=99.0 + step, mfu=None, seconds=6.0 * step, epoch=0.1 * step,
                 time=f"2026-12-01T00:{step:02}:00+00:00",
             )  # fmt: skip
@@ -114,7 +114,8 @@ def test_a_comparison_of_seeds(tmp_path):
     harmless = [{}, dict(log_interval=5, sample_interval=7, device="cuda"), dict(hellaswag_interval=3, compile=True)]
     for seed, options in enumerate(harmless, 1):
         fake(tmp_path / f"a{seed}", "adamw", seed, seed / 100, **options)
-        fake(tmp_path / f"m{seed}", "muon", seed, seed / 100 - 0.5, **options)
+        resumed = [dict(event="done", step=60), dict(event="resume", step=60)]
+        fake(tmp_path / f"m{seed}", "muon", seed, seed / 100 - 0.5, events=resumed, **options)
     (tmp_path / "notes.txt").touch()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/metrics.jsonl").write_text('{"step": 1, "train/loss": 3.5}\n')  # another program's
