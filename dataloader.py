@@ -32,12 +32,14 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) ea
 
 
 def read_meta(data_dir: str) -> dict:
-    """data_dir/meta.json, which fineweb.py writes last; {} for shards made elsewhere."""
+    """The content of data_dir/meta.json; {} for shards made elsewhere."""
     try:
         names = os.listdir(data_dir)
     except OSError as error:
         advice = "" if os.path.exists(data_dir) else f"; prepare it: {command_for(data_dir)}"
         raise UserError(f"data_dir {data_dir}: {error.strerror}{advice}") from None
+    # fineweb.py keeps a progress.json while it works and writes meta.json last. Without this check,
+    # a run would train on the half that is there. Shards made elsewhere have neither file.
     path = Path(data_dir, "meta.json")
     if path.name not in names:
         if "progress.json" in names:
@@ -61,6 +63,7 @@ def command_for(data_dir: str) -> str:
 def data_tokenizer(data_dir: str, meta: dict, vocab_size: int) -> str | None:
     """The data's tokenizer: a name or a tokenizer.json's content; None: it is not known."""
     if not meta:
+        # Only the vocabulary size tells: GPT-2's, or that rounded up to a multiple of 64.
         return "gpt2" if vocab_size in (50257, 50304) else None
     name = meta["tokenizer"]
     if not name.endswith(".json"):
@@ -80,13 +83,14 @@ def open_shard(path: Path) -> np.ndarray:
 def fingerprints(data_dir: str, meta: dict) -> dict[str, list]:
     """{shard's name: [tokens, crc32 of a sample of them, crc32 in meta.json]}, to know data again.
 
-    The sample is 16 blocks of 2,048 tokens, spread evenly: reading 20 GB at every start would take
-    too long. Names and times of the files do not count, so data may be copied, moved and touched.
+    Folder and times of the files do not count, so data may be copied, moved and touched.
     """
+    # The checksums in meta.json cover whole shards: equal samples do not hide a difference.
     known = {name: crc for shards in meta.get("shards", {}).values() for name, (_, crc) in shards.items()}
     found = {}
     for path in find_shards(data_dir, "train") + find_shards(data_dir, "val"):
         tokens, crc = open_shard(path), 0
+        # 16 blocks of 2,048 tokens, spread evenly: reading 20 GB at each start takes too long.
         for start in np.linspace(0, max(0, len(tokens) - 2048), 16).astype(int):
             crc = zlib.crc32(tokens[start : start + 2048], crc)
         found[path.name] = [len(tokens), crc, known.get(path.name)]
@@ -115,6 +119,7 @@ class Windows:
         if not self.paths:
             advice = "; to train without a validation set, --val_interval=0" if split == "val" else ""
             raise UserError(f"{data_dir}: no {split} shards (*_{split}_*.bin); prepare them with fineweb.py{advice}")
+        # Map all shards now, to find a damaged one before step 1; what is not read takes no memory.
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.shard = lru_cache(MAX_MAPS)(open_shard)
         lengths = [len(self.shard(path)) for path in self.paths]
@@ -139,11 +144,13 @@ class Windows:
         # Not two views of (B, T + 1): strided rows reach a GPU through memory that is not pinned.
         x, y = np.empty((2, len(indices), T), dtype=np.int64)
         for row, index in enumerate(indices):
+            # Window number -> its shard and place in it -> T + 1 tokens -> T inputs, T targets.
             shard = int(np.searchsorted(self.ends, index, side="right"))
             first = int(self.ends[shard - 1]) if shard else 0  # the shard's first window
             start = (int(index) - first) * T
             tokens = self.shard(self.paths[shard])[start : start + T + 1]
             x[row], y[row] = tokens[:-1], tokens[1:]
+            # On a GPU such an id would end in a device-side assertion that does not name the shard.
             if tokens.max() >= self.vocab_size:
                 raise UserError(
                     f"{self.paths[shard]}: token {start + int(tokens.argmax())} is {tokens.max()}, but the vocabulary "
@@ -154,17 +161,16 @@ class Windows:
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed shuffle of range(size) puts each index: a bijection, in O(1) memory.
-
-    A Feistel network permutes the next power of four. Results outside of range(size) are permuted
-    again until they fall inside: cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary
-    Finite Domains").
-    """
+    """Where a keyed shuffle of range(size) puts each index: a bijection, in O(1) memory."""
+    # A Feistel network on two halves of an index, one round for each of 8 keys. The keys come from
+    # seed and epoch, so each epoch has its own order.
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = _mix(np.arange(8, dtype=np.uint64) + _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch)))
     value = index.astype(np.uint64)
     outside = np.ones(value.shape, dtype=bool)
+    # It permutes the next power of four. Results of size or more are permuted again until they
+    # fall inside: cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & mask
         for key in keys:
@@ -184,6 +190,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def step_windows(step: int, rows: int, num_windows: int, seed: int) -> np.ndarray:
     """The windows of step 1, 2, ..., int64 (rows,). A batch can straddle two epochs, or more."""
+    # Row q of the whole run, counted from step 1, is row q % num_windows of epoch q // num_windows.
     q = (step - 1) * rows + np.arange(rows)
     epochs, within = np.divmod(q, num_windows)
     windows = np.empty(rows, dtype=np.int64)
@@ -217,17 +224,18 @@ def val_batches(
 ) -> Batches:
     """This rank's share of the first val_tokens, in batches of at most batch_size windows.
 
-    All ranks together read the same windows whatever batch_size and world_size. Every rank gets as
-    many batches; its last one may be smaller, or empty.
+    All ranks together read the same windows whatever batch_size and world_size.
     """
     count = min(val_tokens // windows.seq_len, len(windows))
+    # The range ends later on later ranks, so that every rank gets as many batches. Its last one may
+    # be smaller, or empty.
     starts = range(rank * batch_size, count + rank * batch_size, world_size * batch_size)
     batches = (windows.read(np.arange(start, min(start + batch_size, count))) for start in starts)
     return prefetch(batches, device, ahead=2)
 
 
 def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
-    """The same batches on the device. A thread reads ahead, so that no GPU waits for a disk."""
+    """The same batches on the device, `ahead` of them read in advance."""
     on_gpu = device.type == "cuda"  # on MPS, a copy that is not waited for may hold anything
 
     def read() -> tuple[Tensor, Tensor] | None:
@@ -236,6 +244,8 @@ def prefetch(batches: Batches, device: torch.device, ahead: int) -> Batches:
             batch = batch[0].pin_memory(), batch[1].pin_memory()
         return batch
 
+    # A thread reads ahead, so that no GPU waits for a disk. A batch that is used makes room for the
+    # next read.
     with ThreadPoolExecutor(1) as reader:
         waiting = deque(reader.submit(read) for _ in range(ahead))
         while batch := waiting.popleft().result():

@@ -57,6 +57,8 @@ def main() -> int:
     model, tokenizer, path = load_model(config.model, world.device, config.best)
     data_dir = config.data_dir or own_data(path)
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    # A window may be shorter than the model's context, never longer. A stride below seq_len gives
+    # each token more context to be predicted from, at the price of reading it several times.
     seq_len = config.seq_len or block_size
     stride = config.stride or seq_len
     if not stride <= seq_len <= block_size:
@@ -71,6 +73,7 @@ def main() -> int:
     if ids > vocab_size:
         raise UserError(f"{data_dir} has {ids} ids, but {path} only {vocab_size}")
 
+    # Words are counted for a whole split, bytes for each token id: a part has no word loss.
     whole = sum(map(len, shards)) - 1  # the first token of all is not predicted
     tokens = min(config.tokens or whole, whole)
     words = meta.get(f"{config.split}_words", 0) if tokens == whole else 0
@@ -115,6 +118,7 @@ def evaluate(
 
     `byte_lengths` (V,) are the bytes of each token id.
     """
+    # The first window predicts seq_len tokens, each later one the `stride` tokens that are new.
     windows = range(1 + math.ceil(max(0, tokens - seq_len) / stride))
     batches = [windows[first : first + batch_size] for first in windows[::batch_size]]
     nats = size = 0
@@ -128,6 +132,7 @@ def evaluate(
             loss = token_losses(model, hidden, targets.to(world.device))
         nats += loss.cpu().double().sum().item()
         size += byte_lengths[targets].sum()
+    # Each rank has summed its own batches; every token is in exactly one of them.
     nats, size = world.sum([nats, size])
     return nats, int(size)
 
@@ -145,6 +150,8 @@ def read_windows(
         start = number * stride
         size = min(seq_len, tokens - start)
         ids = torch.from_numpy(read(shards, start, start + size + 1).astype(np.int64))
+        # The start of a later window is context: the window before has predicted these tokens.
+        # Their targets stay -1, as do those in the padding of the last window.
         seen = seq_len - stride if number else 0
         x[row, :size] = ids[:-1]
         y[row, seen:size] = ids[1 + seen :]
@@ -155,16 +162,16 @@ def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
     """Tokens `start` to `stop` of the stream that the shards form together."""
     parts = []
     for shard in shards:
+        # start and stop count from this shard's first token; negative is in an earlier shard.
         parts.append(shard[max(0, start) : max(0, stop)])
         start, stop = start - len(shard), stop - len(shard)
     return np.concatenate(parts)
 
 
 def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-    """The cross entropy of targets (N,) in nats, float32 (N,), given the final hidden states (N, C).
-
-    Logits of all rows at once would fill the memory, and on a CPU small pieces are faster: `rows` at a time.
-    """
+    """The cross entropy of targets (N,) in nats, float32 (N,), given the final hidden states (N, C)."""
+    # (N, C) -> pieces of (256, C) -> logits (256, V) -> losses (256,). All logits at once would
+    # fill the memory, and on a CPU small pieces are faster.
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([F.cross_entropy(model.logits(x), y, reduction="none") for x, y in pieces])
 

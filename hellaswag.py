@@ -56,6 +56,7 @@ def main() -> int:
     config, _ = configure(HellaSwagConfig, positional="model")
     world = World(config.device)
     model, tokenizer, path = load_model(config.model, world.device, config.best)
+    # The main process reads, or downloads, the examples for all ranks.
     enc, block_size = encoding_of(model, tokenizer, path), model.config.block_size
     examples = world.on_main(lambda: load(config.data, enc, block_size, config.limit))
     in_dtype = autocast(pick_dtype(config.dtype, world.device), world.device)
@@ -76,6 +77,7 @@ def load(path: str | None, enc: tiktoken.Encoding, block_size: int, limit: int |
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    # Count empty lines, too, so that an error names the line that an editor shows.
     numbered = [(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path}: no examples in it")
@@ -86,6 +88,7 @@ def parse(line: bytes, where: str, enc: tiktoken.Encoding, block_size: int) -> E
     """The example of a line of JSON. Raises UserError if the line is not one."""
     try:
         row = json.loads(line)
+        # Context and endings are tokenized apart: all four endings follow the same context ids.
         context, *endings = map(enc.encode_ordinary, [row["ctx"], *(" " + ending for ending in row["endings"])])
         # Only the end of a long context is used, so that the longest ending fits behind it. The last token of an
         # ending is predicted but never read, so it needs no room.
@@ -109,6 +112,7 @@ def download() -> str:
             response = requests.get(URL, timeout=60)
             response.raise_for_status()
             data = response.content
+        # A file that was there is checked, too: accuracy on other examples cannot be compared.
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise UserError(f"{path}: not HellaSwag's validation set: its sha256 differs; put there what {URL} has")
         if not path.exists():
@@ -125,6 +129,8 @@ def score(model: GPT, examples: list[Example], *args, **kwargs) -> tuple[float, 
     losses = ending_losses(model, examples, *args, **kwargs)
     if losses is None:
         return None
+    # The model's answer is the ending with the lowest loss: (n, 4) -> (n,). A sum favours short
+    # endings, so acc_norm compares means per token.
     lengths = np.array([[len(ending) for ending in example.endings] for example in examples])
     labels = np.array([example.label for example in examples])
     acc, acc_norm = (float((x.argmin(axis=1) == labels).mean()) for x in (losses, losses / lengths))
@@ -144,6 +150,8 @@ def ending_losses(
     losses = np.zeros((len(examples), 4))
     device, was_training = model.wte.weight.device, model.training
     model.eval()
+    # Score this rank's batches. The four endings of an example share a row, so that the context is
+    # read once instead of four times.
     for batch in share(make_batches(examples, max_tokens), world, progress):
         if stop:
             break
@@ -152,6 +160,7 @@ def ending_losses(
         # A token sees the tokens of its own segment and those of the context, as far as they stand before it.
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with in_dtype:
+            # Logits only where an ending is predicted: (B, T, C) -> (N, C) -> losses (N,).
             hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1))  # (B, T, C)
             loss = token_losses(model, hidden.flatten(0, 1)[where], targets).cpu().double().numpy()  # (N,)
 
@@ -172,6 +181,7 @@ def row_length(example: Example) -> int:
 
 def make_batches(examples: list[Example], max_tokens: int) -> list[list[int]]:
     """The numbers of the examples, longest first, in batches of at most max_tokens including padding."""
+    # Rows of like length need little padding. The first and longest row sets how many fit.
     order = sorted(range(len(examples)), key=lambda i: row_length(examples[i]), reverse=True)
     batches = []
     while order:
@@ -192,6 +202,7 @@ def pack(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     where, targets = [], []
     for row, (context, endings, _) in enumerate(examples):
         end = len(context)
+        # Padding stands behind all that is scored, so nothing that is scored sees it.
         idx[row, :end] = context
         positions[row, :end] = np.arange(end)
         for number, ending in enumerate(endings, 1):
