@@ -49,6 +49,7 @@ class SampleConfig:
 
 
 def main() -> int:
+    # Read the prompts first: a wrong --start is told before gigabytes of weights are loaded.
     config, given = configure(SampleConfig, positional="model")
     starts = prompts(config.start, "start" in given)
     device = pick_device(config.device)
@@ -77,10 +78,14 @@ def main() -> int:
 def prompts(start: str, given: bool) -> Iterable[str]:
     """The texts to continue: --start if it is given, else what is piped in, else what the user types on a terminal.
 
-    As in training data, a byte order mark is no text, and line ends stay as they are. Raises UserError.
+    Raises UserError.
     """
+    # With `> file` nobody would see the question, so start a new document without asking.
     if not given and sys.stdin.isatty():
         return ask() if sys.stdout.isatty() else [start]
+
+    # As in training data, a byte order mark is not text, and line ends stay as they are. So read
+    # bytes and decode them: Python's text files would turn "\r\n" into "\n".
     where = f"--start={start}" if given else "stdin"
     try:
         if start.startswith("FILE:"):
@@ -107,10 +112,13 @@ def ask() -> Iterator[str]:
 
 def show(model: GPT, enc: tiktoken.Encoding, start: str, config: SampleConfig, seed: int) -> None:
     """Print the samples of one prompt, the first while it is made. Ctrl-C ends them early."""
+    # A prompt that is too long is no error, but a model that ignores its beginning looks broken.
     num_tokens, block_size = len(encode(enc, start)), model.config.block_size
     if num_tokens > block_size:
         cut = f"of which the model sees only the last {block_size} (its context)"
         print(f"the prompt has {num_tokens} tokens, {cut}", file=sys.stderr, flush=True)
+
+    # A terminal can show only one sample growing, the first. The others are printed at the end.
     texts = [start] * config.num_samples
     print(start, end="")
     with contextlib.suppress(KeyboardInterrupt):
@@ -140,7 +148,9 @@ def pack(model: GPT) -> GPT:
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and part.weight.abs().amax() <= largest:
             linears[name] = part
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
+
+    # Packing one matrix keeps one thread busy, so pack as many at a time as there are threads.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, packed in zip(linears, pool.map(PackedLinear, linears.values()), strict=True):
             model.set_submodule(name, packed)
     return model
@@ -171,6 +181,8 @@ def complete(
     The last piece holds the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as
     generate does.
     """
+    # One batch, with the same prompt in every row. The rows differ because all of them draw from
+    # one generator, in turn. It is our own, so that the caller's random numbers stay as they are.
     device = model.wte.weight.device
     idx = torch.tensor([encode(enc, start)] * num_samples, device=device)
     unused = torch.from_numpy(unused_ids(enc)).to(device)
@@ -197,6 +209,8 @@ def generate(
     A sequence that drew eot repeats it; generation ends when all have, or after max_new_tokens. Raises
     FloatingPointError if logits are not finite.
     """
+    # The cache keeps the keys and values of all tokens so far, so that each is computed once. It
+    # is as long as this text can become: a short answer does not pay for the whole context.
     block_size = model.config.block_size
     total = min(block_size, idx.size(1) + max_new_tokens)
     cache = KVCache(model.config, idx.size(0), total, device=idx.device, dtype=model.wte.weight.dtype)
@@ -222,6 +236,8 @@ def generate(
         yield token
         if eot is not None and done.all():
             return
+
+        # The cache knows the text so far: the next pass needs this token alone, (B,) -> (B, 1).
         new = token[:, None]
         context = torch.cat([context, new], dim=1)
 
@@ -231,8 +247,9 @@ def sample_token(
 ) -> Tensor:
     """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
 
-    Raises FloatingPointError if the logits have no finite maximum: torch.multinomial would end a CUDA process.
+    Raises FloatingPointError if the logits have no finite maximum.
     """
+    # Ask before drawing: torch.multinomial would end a CUDA process at a NaN.
     if not logits.amax(dim=-1).isfinite().all():
         raise FloatingPointError("the logits are not finite: its weights are not, or are too large for the dtype")
     if temperature < 1e-6:  # as good as 0, and logits / temperature could be infinite
@@ -248,6 +265,8 @@ def sample_token(
     if top_p is not None:
         mass_before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(mass_before >= top_p, 0.0)
+
+    # The draw is a place among the candidates; look up which id stands there.
     choice = torch.multinomial(probs, 1, generator=generator)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 

@@ -471,6 +471,20 @@ def test_mistakes(texts, tmp_path, options, message):
         assert out_dir.name == "foreign" or not out_dir.exists() or not list(out_dir.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"separator": "---"}, "separator goes with --files or --url, not with --dataset"),
+        ({"dataset": "a", "exclude": "*b"}, "exclude goes with --files or --shards, not with --dataset"),
+        ({"url": "a", "exclude": "*b"}, "exclude goes with --files or --shards, not with --url"),
+        ({"files": "a", "split": "test"}, "split goes with --dataset, not with --files"),
+    ],
+)
+def test_an_option_of_another_source_is_not_ignored(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
 def test_what_files_takes(tmp_path, monkeypatch):
     """Brackets, endings in upper case, a loop of links, a folder that cannot be read, a name that is not UTF-8."""
     folder = tmp_path / "data [v2]"
