@@ -249,7 +249,7 @@ def starting_point(
     if config.init_from != "scratch":
         from huggingface import starting_weights  # tokenizers take a while to import
 
-        asked = vars(gpt_config) if saved else given  # a run that begins again has all its options already
+        asked = vars(gpt_config) if saved else given  # a run that starts over has all its options already
         gpt_config, weights = starting_weights(config.init_from, gpt_config, asked, config.data_dir, meta)
         return gpt_config, {"model": weights}
     if meta and "vocab_size" not in given and not saved:
