@@ -149,7 +149,9 @@ def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -
     log.lock()
     records = log.records()
     if not resume:
-        if find(out_dir) or any(record.get("event") == "done" for record in records):
+        # Without a checkpoint it died early, unless it says that it had one: it was moved away.
+        had_one = any(record.get("event") in ("done", "stopped", "resume") for record in records)
+        if find(out_dir) or had_one:
             advice = "continue it with --resume=True, or name another, or delete it"
             raise UserError(f"out_dir {out_dir} already holds a run; {advice}")
         if records:

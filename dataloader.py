@@ -54,7 +54,7 @@ def read_meta(data_dir: str) -> dict:
 def command_for(data_dir: str) -> str:
     """The command that prepares this folder, if one of our data configs does."""
     for path in sorted(Path(__file__).parent.glob("config/data/*.py")):
-        out_dir = re.search(r'^out_dir = "(.*)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        out_dir = re.search(r'^out_dir = "(.*)"', path.read_text(errors="replace"), re.MULTILINE)
         if out_dir and out_dir[1] == os.path.normpath(data_dir):
             return f"python fineweb.py config/data/{path.name}"
     return "python fineweb.py --files=YOUR_TEXTS --out_dir=DATA_DIR, or a config in config/data/"

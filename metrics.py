@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from configurator import UserError
-from files import lock_folder, remove_partial, whole_file
+from files import lock_folder, remove_partial, sync, whole_file
 
 
 class Metrics:
@@ -105,7 +105,7 @@ class Metrics:
     def sync(self) -> None:
         """Return once all records are on disk. Raises OSError where that fails."""
         self.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
 
     def attempt(self, action: Callable[[], None]) -> None:
         """Do something with wandb. If that fails, say so and go on without it: the run does not depend on it."""

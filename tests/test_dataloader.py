@@ -136,6 +136,13 @@ def test_reading_goes_on_while_a_batch_is_used(shards):
 
 
 def test_missing_data_is_one_clear_line(tmp_path, monkeypatch):
+    configs = tmp_path / "code" / "config" / "data"
+    configs.mkdir(parents=True)
+    (configs / "._a.py").write_bytes(b"\xff\xfe")  # as macOS leaves beside files: not text
+    (configs / "a.py").write_text('out_dir = "data/a"')
+    with monkeypatch.context() as patch:
+        patch.setattr(dataloader, "__file__", str(tmp_path / "code" / "dataloader.py"))
+        assert dataloader.command_for("data/a") == "python fineweb.py config/data/a.py"
     for folder, command in (("data/shakespeare/", "config/data/shakespeare.py"), (tmp_path / "none", "--files=")):
         with pytest.raises(UserError, match=f"{folder}: No such file or directory; prepare it: python .*{command}"):
             read_meta(str(folder))

@@ -676,6 +676,12 @@ def test_shards_that_are_none(hub, tmp_path, content, message):
         prepare(tmp_path / "out", shards="some/shards")
 
 
+def test_shards_with_one_name(hub, tmp_path):
+    shutil.copy(hub / "deep" / "x_train_000001.bin", hub)
+    with pytest.raises(UserError, match=r"several shards are called x_train_000001\.bin"):
+        prepare(tmp_path / "out", shards="some/shards")
+
+
 def test_no_network_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for source in ("--dataset=some/words", "--shards=some/words"):

@@ -77,6 +77,21 @@ def test_a_full_disk_loses_no_record(tmp_path, capsys):
     assert [r["step"] for r in read_metrics(log.path)] == [0, 1, 2, 3, 4]
 
 
+def test_a_file_system_without_fsync(tmp_path, monkeypatch):
+    log = begin(tmp_path)
+    for code in (errno.EINVAL, errno.EIO):  # it has no such call; the disk fails
+
+        def fsync(handle, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        if code == errno.EINVAL:
+            log.sync()
+            continue
+        with pytest.raises(OSError, match="Input/output"):
+            log.sync()
+
+
 def test_wandb_gets_the_numbers(tmp_path, monkeypatch, capsys):
     """A stand-in for the package: which calls it gets, over two launches of one run; then one that fails."""
     calls = []

@@ -135,7 +135,11 @@ def test_a_run_that_died_before_its_first_checkpoint(data_dir, tmp_path):
     assert (records(out), len(metrics(out, "run"))) == (want, 1)
     (out / "ckpt_000002.pt").unlink()
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    (out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if '"done"' not in line))
+    early = "".join(line + "\n" for line in lines if '"done"' not in line)
+    for event in ("stopped", "resume"):  # it had a checkpoint, which lies elsewhere now
+        (out / "metrics.jsonl").write_text(early + json.dumps({"kind": "event", "event": event, "step": 2}) + "\n")
+        assert refused(train(data_dir, out, *TRAIN, "--max_steps=1"), "already holds a run")
+    (out / "metrics.jsonl").write_text(early)
     done = train(data_dir, out, *TRAIN, "--max_steps=1")
     assert (done.returncode, "takes its place" in done.stdout) == (0, True)
     assert ([r["step"] for r in metrics(out, "train")], len(metrics(out, "run"))) == ([1], 1)
