@@ -149,9 +149,11 @@ def pack(model: GPT) -> GPT:
         if isinstance(part, nn.Linear) and part.weight.abs().amax() <= largest:
             linears[name] = part
 
-    # Packing one matrix keeps one thread busy, so pack as many at a time as there are threads.
+    # Packing one matrix keeps one thread busy, so pack as many at a time as there are threads, the
+    # largest first: last of all, GPT-2's head would keep one thread waiting for the other.
+    names = sorted(linears, key=lambda name: linears[name].weight.numel(), reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, packed in zip(linears, pool.map(PackedLinear, linears.values()), strict=True):
+        for name, packed in zip(names, pool.map(PackedLinear, map(linears.get, names)), strict=True):
             model.set_submodule(name, packed)
     return model
 
