@@ -17,5 +17,4 @@ hellaswag_interval = 0
 sample_interval = 0
 checkpoint_interval = 200
 keep_checkpoints = 1
-report = False
 log_interval = 20
