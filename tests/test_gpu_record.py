@@ -27,6 +27,15 @@ def results(out):
     return {result["name"]: result for result in json.loads((out / "results.json").read_text())}
 
 
+def in_use(folder):
+    """Whether a process has this folder in its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(folder) in path.read_text(errors="replace"):
+                return True
+    return False
+
+
 NANOGPT = """
 import pathlib, subprocess
 pathlib.Path(__file__).with_name("begun").touch()
@@ -49,7 +58,7 @@ def test_rows_that_work_stop_fail_or_cannot_be_had_are_all_written_down(tmp_path
         have = results(out)
         assert [have[name]["status"] for name in ("speed_64_flash", "nanogpt")] == ["measured", "not run"]
         deadline = time.monotonic() + 20
-        while any(str(tmp_path) in command for command in commands()):
+        while in_use(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     log = (out / "log.txt").read_text()
@@ -80,13 +89,6 @@ def test_rows_that_work_stop_fail_or_cannot_be_had_are_all_written_down(tmp_path
     )
     card = script.Card("cpu", True, 0, out, None, out, out)
     assert script.driven(card, rows[0], 10)["result"].startswith("10 s were left")
-
-
-def commands():
-    """The command lines of all processes."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            yield path.read_text(errors="replace")
 
 
 def test_what_rows_need_travels(tmp_path):
