@@ -108,20 +108,19 @@ def read_file(path: str, known: Collection[str]) -> list[tuple[str, Any, str]]:
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{path}:{line}: {traceback.format_exception_only(error)[-1]}") from None
 
-    # The names that it assigns must be options, but for helpers, which start with an underscore.
+    # The names that it assigns must be options, but for helpers: _name, and x in [x for x in y].
     stored = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: f"{path}:{node.lineno}" for node in stored}
-    for name in lines:
-        is_helper = name.startswith("_") or name not in namespace  # such as x in [x for x in y]
-        if is_helper or name in known:
-            continue
-        # A config starts with a comment that shows its command: "python fineweb.py config/..."
-        command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
-        if command and command[1] != os.path.basename(sys.argv[0]):
-            raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
-        advice = nearest(name, known) or f"; a helper variable starts with an underscore: _{name}"
-        raise UserError(f"{lines[name]}: unknown option {name!r}{advice}")
-    return [(name, value, lines.get(name, path)) for name, value in namespace.items() if name in known]
+    unknown = [name for name in lines if name in namespace and name not in known and not name.startswith("_")]
+    if not unknown:
+        return [(name, value, lines.get(name, path)) for name, value in namespace.items() if name in known]
+
+    # A config starts with a comment that shows its command: "python fineweb.py config/..."
+    command = re.search(rf"(\w+\.py) \S*\b{re.escape(Path(path).name)}\b", source.decode(errors="replace"))
+    if command and command[1] != os.path.basename(sys.argv[0]):
+        raise UserError(f"{path}: this is a config of {command[1]}: python {command[1]} {path}")
+    advice = nearest(unknown[0], known) or f"; a helper variable starts with an underscore: _{unknown[0]}"
+    raise UserError(f"{lines[unknown[0]]}: unknown option {unknown[0]!r}{advice}")
 
 
 def read_flag(flag: str, hints: dict[str, Any]) -> tuple[str, Any, str]:
@@ -177,10 +176,10 @@ def at_least(instance: Any, least: float, *names: str) -> None:
 
 def within(instance: Any, least: float, most: float, *names: str) -> None:
     """For __post_init__: raises ValueError if an option is not within least..most. None passes."""
+    wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
     for name in names:
         value = getattr(instance, name)
         if value is not None and not least <= value <= most:
-            wanted = f"at least {least}" if most == float("inf") else f"{least} to {most}"
             raise ValueError(f"{name} = {value}, but it must be {wanted}")
 
 

@@ -68,12 +68,8 @@ def test_files_in_order_then_flags(tmp_path, monkeypatch):
     model, train, given = load(a, "--steps=9", b)
     assert (model.width, train) == (8, Train(lr=2.0, steps=9, text="x"))
     assert given == {"width": f"{a}:4", "lr": f"{b}:1", "text": f"{a}:6", "steps": "--steps"}
-
-
-def test_a_positional_argument():
     train, given = configure(Train, argv=["2024", "--lr=1"], positional="text")
     assert (train, given) == (Train(1.0, text="2024"), {"text": "2024", "lr": "--lr"})
-    assert " [TEXT] [config/file.py ...] [--name=value ...]\n" in help_text((Train,), "text")
 
 
 def one_line(*argv):
@@ -111,19 +107,17 @@ def test_mistakes_on_the_command_line(monkeypatch, argv, said):
         ("import nonesuch\n", [":1", "ModuleNotFoundError"]), ("width = 3\n", [":1", "is odd"]),
         ("raise ValueError('a\\nb')\n", [":1", "ValueError: a b"]), ("lr = float('nan')\n", [":1", "finite"]),
         (b"text = '\xff'\n", ["utf-8"]), (b"text = '\0'\n", ["null bytes"]),
+        (None, [":1: FileNotFoundError: [Errno 2] No such file"]),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_file(tmp_path, source, said):
+def test_mistakes_in_a_file(tmp_path, monkeypatch, source, said):
     path = tmp_path / "c.py"
-    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    if source is None:  # it cannot be read
+        monkeypatch.setattr("os.path.isfile", lambda path: True)
+    else:
+        path.write_bytes(source if isinstance(source, bytes) else source.encode())
     line = one_line(path)
     assert all(part in line for part in [str(path), *said]), line
-
-
-def test_a_config_that_cannot_be_read(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("width = 4")
-    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", "me")))
-    assert one_line(tmp_path / "mine.py").endswith("mine.py:1: PermissionError: [Errno 13] no: 'me'")
 
 
 def test_names_of_nanogpt_are_answered(tmp_path):
@@ -132,11 +126,9 @@ def test_names_of_nanogpt_are_answered(tmp_path):
     for name, answer in NANOGPT.items():
         first = answer.split()[0]
         assert f"--{first}=" in options or (ROOT / first).exists()
+        line = f"error: --{name}: unknown option {name!r}; did you mean {answer}?\n"
         done = call("train_gpt2.py", f"--{name}=1")
-        assert (done.returncode, done.stderr) == (
-            2,
-            f"error: --{name}: unknown option {name!r}; did you mean {answer}?\n",
-        )
+        assert (done.returncode, done.stderr) == (2, line)
     for arg in ("--init_from=resume", tmp_path / "mine.py"):
         assert call("train_gpt2.py", arg).stderr.endswith("init_from = 'resume' is nanoGPT's; use --resume=True\n")
 
@@ -149,18 +141,15 @@ def test_a_config_of_another_script():
         assert f"{config}: this is a config of {other}: python {other} " in done.stderr
 
 
-def test_help_has_each_option_with_its_default_choices_and_comment(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        load("--help")
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+def test_help_has_each_option_with_its_default_choices_and_comment(monkeypatch):
+    """That of a run fits two screens, and one rank prints it."""
+    lines = [" ".join(line.split()) for line in help_text((Model, Train), "text").splitlines()]
+    assert lines[-15].endswith(" [TEXT] [config/file.py ...] [--name=value ...]")
     assert lines[-14:] == [
         "", "size:", "--width=8 how wide", "", "other things:", "--kind=plain plain|fancy which kind", "--bias=None",
         "", "Train:", "--lr=0.001 the rate, # in full", "--steps=None how many", "--text=out what",
         "--resume=False whether", "--folder=None where",
     ]  # fmt: skip
-
-
-def test_help_of_a_run_fits_two_screens_and_one_rank_prints_it(monkeypatch):
     for rank, lines in (("1", range(1)), ("0", range(70, 112))):
         monkeypatch.setenv("RANK", rank)
         done = call("train_gpt2.py", "--help")
@@ -187,26 +176,20 @@ def end_with(error):
     return ended.value.code
 
 
-def test_under_torchrun_one_process_says_it_and_the_others_let_it(monkeypatch, capsys):
-    waits = []
+def test_under_torchrun_one_process_says_it_and_torchruns_report_ends_with_it(monkeypatch, tmp_path, capsys):
+    waits, path = [], tmp_path / "error.json"
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setattr("os._exit", sys.exit)
     for name in TORCHRUN:
         monkeypatch.setenv(name, "0")
-    for rank, said, waited in (("1", "", 1), ("0", "error: wrong\n", 1)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert end_with(UserError("wrong")) == 2
-        assert (capsys.readouterr().err, len(waits)) == (said, waited)
-
-
-def test_torchruns_report_ends_with_the_line(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    assert end_with(UserError("--lr=x: wrong")) == 2
+    for rank, said in (("1", ""), ("0", "error: --lr=x: wrong\n")):  # the first lets the second speak
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert end_with(UserError("--lr=x: wrong")) == 2
+        assert (capsys.readouterr().err, len(waits), path.exists()) == (said, 1, rank == "0")
     report = ChildFailedError("train_gpt2.py", {0: ProcessFailure(0, 123, 2, str(path))}).format_msg()
     *_, last, border = report.splitlines()
     assert (last.endswith(": error: --lr=x: wrong"), set(border)) == (True, {"="})
-    assert capsys.readouterr().err == "error: --lr=x: wrong\n"
 
 
 CHATTY = """

@@ -185,16 +185,13 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert kept < given_back / 100
 
 
-def test_devices():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_devices_and_dtypes(monkeypatch, dtype):
+    """auto depends on the card. MPS is refused what it computes wrongly."""
     assert pick_device("cpu") == CPU
     for wrong in ("gpu", "cuda:99", "meta", "cpu:1", "cuda:1000000000000"):
         with pytest.raises(UserError, match=wrong):
             pick_device(wrong)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dtypes(monkeypatch, dtype):
-    """auto depends on the card. MPS is refused what it computes wrongly."""
     assert pick_dtype("auto", CPU) == pick_dtype("auto", MPS) == pick_dtype("float32", MPS) == torch.float32
     assert pick_dtype(dtype, CPU) == getattr(torch, dtype)
     with pytest.raises(UserError, match=f"'{dtype}'.* MPS,.*--dtype=float32"):

@@ -60,20 +60,24 @@ def damaged(draw, data):
     return bytes(data)
 
 
-WRONG = [None, True, -1, 1.5, "1", "", [], {}, [[]], {"a": 1}, "é\n", math.nan, 0, 70_000, 2**31, 2**64, 10**400, "a b"]
+WRONG = [
+    None, True, -1, 1.5, "1", "", [], {}, [[]], {"a": 1}, "é\n", math.nan, 0, 70_000, 2**31, 2**64, 10**400, "a b",
+    "<|endoftext|>", "BPE", "a", "Ġ", ["a", "b"],
+]  # fmt: skip
+ABORTS = ("model", "continuing_subword_prefix")  # the library, with some values
 
 
 @st.composite
-def changed(draw, data, values=(), skip=()):
-    """The bytes of a JSON file with one value removed or replaced, or damaged in other ways."""
-    data = json.loads(json.dumps(data))
+def changed(draw, text):
+    """The bytes of a tokenizer.json with one value removed or replaced, or damaged in other ways."""
     if draw(st.booleans()):
-        return draw(damaged(json.dumps(data).encode()))
-    places = [place for i, place in enumerate(places_of(data)) if place not in skip and (len(place) < 3 or i % 7 == 0)]
+        return draw(damaged(text.encode()))
+    data = json.loads(text)
+    places = [place for i, place in enumerate(places_of(data)) if place != ABORTS and (len(place) < 3 or i % 7 == 0)]
     *path, last = draw(st.sampled_from(places[1:]))
     inner = functools.reduce(lambda inner, key: inner[key], path, data)
     if draw(st.booleans()):
-        inner[last] = draw(st.sampled_from([*WRONG, *values]))
+        inner[last] = draw(st.sampled_from(WRONG))
     else:
         del inner[last]
     return json.dumps(data).encode()
@@ -170,11 +174,10 @@ def test_source_files(small, kind, data):
 
 OWN = tokenizers.ByteLevelBPETokenizer()
 OWN.train_from_iterator(TEXTS * 3, 290, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False)
-ABORTS = ("model", "continuing_subword_prefix")  # the library, with some values
 
 
 @cases(40, 1500)
-@given(changed(json.loads(OWN.to_str()), ["<|endoftext|>", "BPE", "a", "Ġ", ["a", "b"]], [ABORTS]))
+@given(changed(OWN.to_str()))
 def test_tokenizers(content):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "own.json")
@@ -211,16 +214,3 @@ def test_checkpoints(trained, data):
             *_, last = done.stderr.splitlines() or [""]
             assert done.returncode in (0, 2)
             assert done.returncode == 0 or (last.startswith("error: ") and name in last), done.stderr
-
-
-@cases(2, 200)
-@given(data=st.data())
-def test_metrics(trained, data):
-    lines = (trained()[0] / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    number = data.draw(st.integers(0, len(lines) - 1))
-    lines[number] = data.draw(changed(json.loads(lines[number]))) + b"\n"
-    with tempfile.TemporaryDirectory() as name:
-        Path(name, "metrics.jsonl").write_bytes(b"".join(lines))
-        done = call("report.py", name)
-        *_, last = done.stderr.splitlines() or [""]
-        assert last.startswith("error: ") == (done.returncode == 2) == (done.returncode != 0), done.stderr

@@ -1,6 +1,7 @@
 """records/gpu/run.sh: the command that tries everything on a card, here on a CPU and with its quickest rows."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -26,55 +27,68 @@ def results(out):
     return {result["name"]: result for result in json.loads((out / "results.json").read_text())}
 
 
-def test_rows_that_work_fail_or_cannot_be_had_are_all_written_down(tmp_path):
+def in_use(folder):
+    """Whether a process has this folder in its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(folder) in path.read_text(errors="replace"):
+                return True
+    return False
+
+
+NANOGPT = """
+import pathlib, subprocess
+pathlib.Path(__file__).with_name("begun").touch()
+subprocess.run(["sh", "-c", f"sleep 60; : {__file__}"])
+"""
+
+
+def test_rows_that_work_stop_fail_or_cannot_be_had_are_all_written_down(tmp_path, monkeypatch):
+    """A stop in the middle leaves what was had and nothing that runs, and the same command goes on behind it."""
+    out, begun, flags = tmp_path / "out", tmp_path / "begun", ("--only=nanogpt,speed_64_flash", f"--nanogpt={tmp_path}")
+    (tmp_path / "model.py").write_text(NANOGPT)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = start(out, *flags)
+        while not begun.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        begun.unlink()
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        have = results(out)
+        assert [have[name]["status"] for name in ("speed_64_flash", "nanogpt")] == ["measured", "not run"]
+        deadline = time.monotonic() + 20
+        while in_use(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    log = (out / "log.txt").read_text()
+    assert [log.count(f"==== {name}") for name in ("speed_64_flash", "nanogpt")] == [1, 2]
+    assert have["speed_64_flash"]["bench"]["config"]["batch_size"] == 8
+    assert "tok/s" in have["speed_64_flash"]["result"]
+
     (tmp_path / "model.py").write_text("raise OSError('no nanoGPT in here')")
-    out = tmp_path / "out"
-    process = start(out, "--only=nanogpt,speed_32_flash", f"--nanogpt={tmp_path}")
+    process = start(out, *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     have = results(out)
     assert {name: result["status"] for name, result in have.items()} == dict(
-        nanogpt="failed", speed_32_flash="measured"
+        speed_64_flash="measured", nanogpt="failed"
     )
     assert "no nanoGPT in here" in have["nanogpt"]["result"]
-    assert have["speed_32_flash"]["bench"]["config"]["batch_size"] == 4
-    assert "tok/s" in have["speed_32_flash"]["result"]
     table = (out / "results.md").read_text()
     assert all(f"| {name} | {result['status']} |" in table for name, result in have.items())
-    # The same command goes on: first with what has not been run, and one that does not fit into the time is not begun.
-    flags = ("--only=nanogpt,speed_32_flash,machine", "--limit=10")
-    said, _ = start(out, *flags).communicate(timeout=120)
-    assert [line.split()[0] for line in said.splitlines()[:2]] == ["machine", "nanogpt"]
-    again = results(out)
-    assert (again["machine"]["status"], again["machine"]["result"][:14]) == ("not run", "10 s were left")
-    assert (again["nanogpt"], again["speed_32_flash"]) == (have["nanogpt"], have["speed_32_flash"])
 
-
-def test_a_stop_leaves_what_was_had_and_nothing_that_runs(tmp_path):
-    log = tmp_path / "log.txt"
-    for number in (signal.SIGKILL, signal.SIGTERM):  # the second time it goes on
-        process = start(tmp_path, "--only=machine,precision")
-        begun = log.read_text().count("step     1/30") if log.exists() else 0
-        while not (log.exists() and log.read_text().count("step     1/30") > begun):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        process.communicate(timeout=120)
-        have = {name: result["status"] for name, result in results(tmp_path).items()}
-        assert have == dict(machine="measured", precision="not run")
-        deadline = time.monotonic() + 20
-        while any(str(tmp_path) in command for command in commands()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    assert log.read_text().count("==== machine") == 1
-    assert "--dtype=bfloat16" not in log.read_text()  # the row's second run
-
-
-def commands():
-    """The command lines of all processes."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            yield path.read_text(errors="replace")
+    # What has not been run comes first, and what does not fit into the time is not begun.
+    monkeypatch.syspath_prepend(ROOT / "records/gpu")
+    script = importlib.import_module("run")
+    rows = script.to_run("right,nanogpt,speed_64_flash", False, have)
+    assert (rows[0].name, rows[-1].name, "speed_64_flash" in [row.name for row in rows]) == (
+        "machine",
+        "nanogpt",
+        False,
+    )
+    card = script.Card("cpu", True, 0, out, None, out, out)
+    assert script.driven(card, rows[0], 10)["result"].startswith("10 s were left")
 
 
 def test_what_rows_need_travels(tmp_path):

@@ -85,6 +85,10 @@ def text_of(data_dir, split):
 def test_what_the_pictures_say(tmp_path):
     events = [dict(event="resume", step=30, changed={"lr": [1, 2]}), dict(event="skipped step", step=31, loss=math.nan)]
     folder = fake(tmp_path, events=[*events, dict(event="gave up", step=60)])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step in (0, 60):
+            score = dict(kind="hellaswag", step=step, acc=0.25, acc_norm=0.26 + step / 100, n=10042)
+            file.write(json.dumps(score) + "\n")
     figures = plots(folder)
     lines = curves(figures["loss.png"])
     assert lines["val 2.0000"].get_xydata().tolist() == [[step, 5 - step / 20] for step in range(0, 61, 10)]
@@ -100,7 +104,11 @@ def test_what_the_pictures_say(tmp_path):
     speeds, norms = (curves(figures["training.png"], panel)[str(tmp_path)].get_ydata() for panel in (2, 1))
     assert (speeds[0], len(speeds), max(norms)) == (100, 60, 61)
     assert figures["training.png"].axes[1].get_yscale() == "log"
+    lines = curves(figures["hellaswag.png"])
+    assert lines[folder].get_ydata().tolist() == [0.26, 0.86]
+    assert {"OpenAI's GPT-2 124M: 0.2955", "chance"} <= lines.keys()
     told = report.facts(report.read(folder), 24)
+    assert told["HellaSwag"] == "acc 0.2500, acc_norm 0.8600, of 10,042 examples"
     assert (told["cost"], told["wall time"][:8]) == ("$2.40 at $24.00 an hour", "0:06:00 ")
     assert told["throughput"].startswith(f"{statistics.median(range(100, 160)):,.0f} tokens/s")
     page = report.write([report.read(folder)], tmp_path).read_text()
@@ -167,18 +175,6 @@ def test_published_curves_stand_beside_their_own_kind_only(tmp_path, change, pub
     shown = [line for label, line in lines.items() if "(published)" in label]
     assert len(shown) == published
     assert all(len(line.get_xydata()) > 1 for line in shown)
-
-
-def test_hellaswag(tmp_path):
-    folder = fake(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        for step in (0, 60):
-            score = dict(kind="hellaswag", step=step, acc=0.25, acc_norm=0.26 + step / 100, n=10042)
-            file.write(json.dumps(score) + "\n")
-    lines = curves(plots(folder)["hellaswag.png"])
-    assert lines[folder].get_ydata().tolist() == [0.26, 0.86]
-    assert {"OpenAI's GPT-2 124M: 0.2955", "chance"} <= lines.keys()
-    assert report.facts(report.read(folder))["HellaSwag"] == "acc 0.2500, acc_norm 0.8600, of 10,042 examples"
 
 
 def test_diverged_torn_and_just_begun_runs_have_a_report(tmp_path):
