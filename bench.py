@@ -112,10 +112,9 @@ def measure(bench: BenchConfig, run: Run, state: State, setup_seconds: float) ->
             synchronize()
             clock.marks.clear()
         times.append(time.perf_counter())
-        loss, _, stop = train_step(run, state, timed_batches)
-        if stop:
+        if train_step(run, state, timed_batches):  # a request to stop came
             raise KeyboardInterrupt
-        losses.append(loss if math.isfinite(loss) else None)  # JSON has no NaN
+        losses.append(state.loss if math.isfinite(state.loss) else None)  # JSON has no NaN
         skipped.append(state.skipped > 0)
     clock.mark("end")
     synchronize()

@@ -138,7 +138,9 @@ class State:
     """What a run remembers from step to step, beside its weights and optimizers. A checkpoint holds all of it."""
 
     step: int = 0  # optimizer steps done
-    skipped: int = 0  # how many of them, the last ones in a row, had no finite loss and gradient
+    loss: float = math.nan  # of the last step's whole batch
+    norm: float = math.nan  # of the last step's gradient, before clipping
+    skipped: int = 0  # how many steps, the last ones in a row, had no finite loss and gradient
     losses: list[float] = field(default_factory=list)  # finite ones, since the last train record
     times: list[float] = field(default_factory=list)  # seconds of each step since then
     seconds: float = 0.0  # of running, in all launches together
@@ -345,7 +347,7 @@ def train(run: Run, state: State) -> int:
     batches = train_batches(
         run.train_data, config.seed, run.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
     )
-    loss, norm, stop = math.nan, math.nan, False
+    stop = False
     while True:
         # Between two steps the weights stand still: this is the time to measure them and to save them.
         # Whoever asks the run to stop cannot wait for that: the resumed run does it.
@@ -354,7 +356,7 @@ def train(run: Run, state: State) -> int:
             val_loss, stop = evaluate_if_due(run, state)
         done = finished(run, state) and not stop
         if done and state.times:  # ended by its evaluation, at a step without a train record
-            log_step(run, state, loss, norm)
+            log_step(run, state)
 
         # While steps are being skipped, only the end of the run is saved: weights that have just become
         # useless would push out good ones.
@@ -370,19 +372,19 @@ def train(run: Run, state: State) -> int:
 
         # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such steps
         # are bad luck; many in a row mean that the run has diverged, and no later step will mend it.
-        loss, norm, stop = train_step(run, state, batches)
+        stop = train_step(run, state, batches)
         if state.skipped:
-            run.log.write("event", event="skipped step", step=state.step, loss=loss, grad_norm=norm)
-            run.log.say(f"{here(run, state)} | skipped: loss {loss}, norm {norm}")
+            run.log.write("event", event="skipped step", step=state.step, loss=state.loss, grad_norm=state.norm)
+            run.log.say(f"{here(run, state)} | skipped: loss {state.loss}, norm {state.norm}")
         if state.skipped >= MAX_SKIPPED:
             batches.close()
-            return give_up(run, state, loss, norm)
+            return give_up(run, state)
         if state.step == 1 or due(state.step, config.log_interval, finished(run, state)):
-            log_step(run, state, loss, norm)
+            log_step(run, state)
 
 
-def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, bool]:
-    """One step. Returns the loss of the whole batch, the gradient's norm before clipping, and whether to stop."""
+def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
+    """One step. Returns whether a request to stop came, to this process or another."""
     config, world, scaler, began = run.config, run.world, run.scaler, time.perf_counter()
     state.step += 1
 
@@ -414,15 +416,15 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    norm, (loss, stop, state.seconds) = full(norm).item(), totals.tolist()
+    state.norm, (state.loss, stop, state.seconds) = full(norm).item(), totals.tolist()
 
-    update(run, state, finite=math.isfinite(loss) and math.isfinite(norm))
-    if math.isfinite(loss):
-        state.losses.append(loss)
-    if config.target_loss is not None and loss < config.target_loss:
+    update(run, state, finite=math.isfinite(state.loss) and math.isfinite(state.norm))
+    if math.isfinite(state.loss):
+        state.losses.append(state.loss)
+    if config.target_loss is not None and state.loss < config.target_loss:
         state.ended_by = "target_loss"
     state.times.append(time.perf_counter() - began)
-    return loss, norm, stop > 0
+    return stop > 0
 
 
 def update(run: Run, state: State, finite: bool) -> None:
@@ -657,7 +659,7 @@ def here(run: Run, state: State) -> str:
     return f"step {state.step:>5}/{run.max_steps}"
 
 
-def log_step(run: Run, state: State, loss: float, norm: float) -> None:
+def log_step(run: Run, state: State) -> None:
     """Write the train record and the log line of a step; its time is the mean since the last record."""
     config, step, (_, peak_flops) = run.config, state.step, hardware(run.world.device)
     mean_loss = sum(state.losses) / len(state.losses) if state.losses else None
@@ -668,14 +670,14 @@ def log_step(run: Run, state: State, loss: float, norm: float) -> None:
     flops = run.model.flops_per_token(config.seq_len) * tokens_per_sec / run.world.size
     mfu = flops / peak_flops if peak_flops else None
     run.log.write(
-        "train", step=step, loss=loss, mean_loss=mean_loss, lr=lr, grad_norm=norm, dt=dt, seconds=state.seconds,
-        tokens=step * config.total_batch_size, epoch=step * run.rows / len(run.train_data),
+        "train", step=step, loss=state.loss, mean_loss=mean_loss, lr=lr, grad_norm=state.norm, dt=dt,
+        seconds=state.seconds, tokens=step * config.total_batch_size, epoch=step * run.rows / len(run.train_data),
         tokens_per_sec=tokens_per_sec, mfu=mfu, peak_memory_gb=peak_memory(run.world.device),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     speed = f"{dt * 1e3:.1f} ms | {tokens_per_sec:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "")
     left = min(dt * (run.max_steps - step), 3600 * (config.max_hours or math.inf) - state.seconds)
-    numbers = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.4f} | {speed}"
+    numbers = f"loss {state.loss:.4f} | lr {lr:.2e} | norm {state.norm:.4f} | {speed}"
     run.log.say(f"{here(run, state)} | {numbers} | eta {clock(left)}")
 
 
@@ -695,11 +697,11 @@ def conclude(run: Run, state: State, stopped: bool) -> int:
     return 0
 
 
-def give_up(run: Run, state: State, loss: float, norm: float) -> int:
+def give_up(run: Run, state: State) -> int:
     """End a run that has diverged: say what was not finite, and how to save the run. Returns the exit status, 3."""
     log, lower = run.log, f"--resume=True and a --learning_rate below {run.config.learning_rate:g}"
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-    log.write("event", event="gave up", step=state.step, loss=loss, grad_norm=norm)
+    what = f"loss {state.loss}" if not math.isfinite(state.loss) else f"gradient norm {state.norm}"
+    log.write("event", event="gave up", step=state.step, loss=state.loss, grad_norm=state.norm)
     log.say(f"gave up at step {state.step}: {what}, the last of {state.skipped} skipped steps in a row")
     last = "there is no checkpoint yet" if state.saved_step is None else f"step {state.saved_step} is saved"
     log.say(f"{last}; go on from there with {lower}")
