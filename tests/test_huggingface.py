@@ -288,7 +288,7 @@ def test_transformers_loads_what_we_write(flags, tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     prompts = ["Once", "Upon a ti", "x"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    made = theirs.generate(**batch, max_new_tokens=15, do_sample=False)[:, 9:]
+    made = theirs.generate(**batch, max_new_tokens=15, do_sample=False, use_cache=True)[:, 9:]
     for row, prompt in zip(made, prompts, strict=True):
         want = torch.cat(list(generate(model, torch.tensor([[*prompt.encode()]]), 15, 0.0, eot=256)))
         assert row.tolist()[: len(want)] == want.tolist()
