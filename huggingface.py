@@ -394,7 +394,7 @@ def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
         "auto_map": {"AutoConfig": f"{code}.TrainGPT2Config", "AutoModelForCausalLM": f"{code}.TrainGPT2"},
         "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "use_cache": False,
         "tie_word_embeddings": config.tie_weights, "bos_token_id": eot, "eos_token_id": eot,
-        # transformers makes a cache of this size for who asks for one, as lm-eval does
+        # lm-eval asks for a cache: transformers needs these sizes to make one, which forward ignores
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
         "gpt_config": vars(config),
     }  # fmt: skip

@@ -140,7 +140,7 @@ class State:
     step: int = 0  # optimizer steps done
     loss: float = math.nan  # of the last step's whole batch
     norm: float = math.nan  # of the last step's gradient, before clipping
-    skipped: int = 0  # how many steps, the last ones in a row, had no finite loss and gradient
+    skipped: int = 0  # the newest steps in a row without a finite loss and gradient
     losses: list[float] = field(default_factory=list)  # finite ones, since the last train record
     times: list[float] = field(default_factory=list)  # seconds of each step since then
     seconds: float = 0.0  # of running, in all launches together
@@ -384,7 +384,7 @@ def train(run: Run, state: State) -> int:
 
 
 def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-    """One step. Returns whether a request to stop came, to this process or another."""
+    """One step; its loss and gradient norm go into the state. Returns whether any process was asked to stop."""
     config, world, scaler, began = run.config, run.world, run.scaler, time.perf_counter()
     state.step += 1
 

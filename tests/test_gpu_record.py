@@ -82,11 +82,8 @@ def test_rows_that_work_stop_fail_or_cannot_be_had_are_all_written_down(tmp_path
     monkeypatch.syspath_prepend(ROOT / "records/gpu")
     script = importlib.import_module("run")
     rows = script.to_run("right,nanogpt,speed_64_flash", False, have)
-    assert (rows[0].name, rows[-1].name, "speed_64_flash" in [row.name for row in rows]) == (
-        "machine",
-        "nanogpt",
-        False,
-    )
+    names = [row.name for row in rows]
+    assert (names[0], names[-1], "speed_64_flash" in names) == ("machine", "nanogpt", False)
     card = script.Card("cpu", True, 0, out, None, out, out)
     assert script.driven(card, rows[0], 10)["result"].startswith("10 s were left")
 

@@ -241,9 +241,9 @@ def test_a_signal_saves_the_step_that_is_running(data_dir, tmp_path):
     """Ended right there, the run has the records of one that was never stopped: a step's loss is saved with it."""
     out, alone = tmp_path / "run", tmp_path / "alone"
     flags = [*TRAIN, "--dropout=0.2", "--checkpoint_interval=100000", "--val_interval=0", "--schedule=constant"]
-    flags += ["--log_interval=3"]
-    process = fork(data_dir, out, *flags, "--max_steps=400")
-    process.until("step     3/")
+    flags += ["--log_interval=1000"]  # so that only a run's end writes the record of a later step
+    process = fork(data_dir, out, *flags, "--max_steps=4000")
+    process.until("step     1/")
     process.signal(signal.SIGTERM)
     assert process.ended() == 0
     assert "--resume=True goes on" in process.read()

@@ -83,7 +83,7 @@ class FewWindows(dataloader.Windows):
 # ---- Runs
 
 
-def flags(data: str, tokens: int, factor: float, seed: int, idea: str) -> list[str]:
+def flags(data: str, tokens: int, factor: float, seed: int) -> list[str]:
     """The options of a run; factor multiplies the learning rates scaled by sqrt(tokens / 2,048)."""
     if data == "shakespeare":
         return [f"--seed={seed}", "--max_steps=1500", "--val_interval=300", "--sample_interval=0"]
@@ -110,7 +110,7 @@ def run(data: str, folder: str, out: str, tokens: int, factor: float, seed: int,
     config = dict(shakespeare="shakespeare_cpu", gpt2="gpt2_124m").get(data, "speedrun_cpu")
     out_dir = Path(out, name)
     sys.argv[1:] = [str(ROOT / f"config/{config}.py"), f"--data_dir={folder}", f"--out_dir={out_dir}", "--resume=True"]
-    sys.argv += flags(data, tokens, factor, seed, idea)
+    sys.argv += flags(data, tokens, factor, seed)
     with open(f"{out_dir}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         assert train_gpt2.main() == 0
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
