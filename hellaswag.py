@@ -161,8 +161,8 @@ def ending_losses(
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with in_dtype:
             # Logits only where an ending is predicted: (B, T, C) -> (N, C) -> losses (N,).
-            hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1))  # (B, T, C)
-            loss = token_losses(model, hidden.flatten(0, 1)[where], targets).cpu().double().numpy()  # (N,)
+            hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1)).flatten(0, 1)[where]
+            loss = token_losses(model, hidden, targets).cpu().double().numpy()
 
         # The losses of an ending stand next to each other, and so do the four endings of an example.
         starts = np.cumsum([0] + [len(ending) for i in batch for ending in examples[i].endings])[:-1]
