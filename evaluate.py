@@ -129,8 +129,8 @@ def evaluate(
         # logits only where they are needed: with a small stride, most targets were predicted before
         with in_dtype:
             hidden = model.hidden(x.to(world.device))[keep.to(world.device)]  # (N, C)
-            loss = token_losses(model, hidden, targets.to(world.device))
-        nats += loss.cpu().double().sum().item()
+            nats += token_losses(model, hidden, targets.to(world.device)).cpu().double().sum().item()
+        del hidden  # its memory serves the next batch
         size += byte_lengths[targets].sum()
     # Each rank has summed its own batches; every token is in exactly one of them.
     nats, size = world.sum([nats, size])
