@@ -579,6 +579,20 @@ def test_a_bad_file_in_the_middle_costs_no_hours(tmp_path, small, monkeypatch, c
     assert read_split(out, "val", "train") == want
 
 
+def test_a_damaged_parquet_file_that_is_left_out_counts_no_more(tmp_path, small):
+    texts = documents(60)
+    for number, name in enumerate("abc"):
+        table = pyarrow.table({"text": texts[20 * number :][:20]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", write_page_checksum=True)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes().replace(b"word", b"Word", 1))
+    options = {"files": f"{tmp_path}/*.parquet", "shard_tokens": 100, "val_fraction": 0.5}
+    with pytest.raises(UserError, match=r"b\.parquet, after 0 documents: .*--exclude"):
+        prepare(tmp_path / "out", **options)
+    prepare(tmp_path / "out", **options, exclude="*b.parquet")
+    assert read_split(tmp_path / "out", "train") == tokens_of(texts[:20])
+    assert read_split(tmp_path / "out", "val") == tokens_of(texts[40:])
+
+
 def test_a_source_that_changes(tmp_path, monkeypatch):
     """While it is read, and after the end."""
     write_rows(tmp_path / "a.jsonl", documents())
@@ -709,7 +723,7 @@ def test_val_fraction_counts_and_believes_no_readme(tmp_path, small, rows):
 
 def test_counting_what_is_far_away_is_told(capsys):
     config = DataConfig(dataset="some/words", val_fraction=0.5)
-    assert fineweb.find_val(config, [("train", lambda: iter([("a", True)] * 4))]) == (4, 2, 0)
+    assert fineweb.find_val(config, [("train", lambda: iter([("a", True)] * 4))], None) == (4, 2, 0)
     assert "downloads everything twice; --val_seed=1" in capsys.readouterr().err
 
 
