@@ -100,7 +100,8 @@ class Torture:
         if name == "KILL" and self.rng.random() < 0.1:  # some while it starts
             time.sleep(self.rng.uniform(0, 3))
         else:
-            lines = self.rng.randrange(1, 2 + self.config.steps // self.config.blows)
+            # A line is two steps: half of the steps on average, so that the run does not end before the last blow.
+            lines = self.rng.randrange(1, 2 + self.config.steps // (2 * self.config.blows))
             while (
                 process.poll() is None and len([x for x in self.log.read_text().split("\n") if "| loss" in x]) < lines
             ):
