@@ -1,15 +1,16 @@
-"""Time the training step of any config: tokens/s, MFU, the time of each part, peak memory. Nothing is trained or kept.
+"""Time the training step of any config: tokens/s, MFU, each part, peak memory. Nothing is kept.
 
     python bench.py config/gpt2_124m.py --batch_size=64
     torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
-    python bench.py config/gpt2_124m.py --against="--optimizer=muon"                  # beside other options
-    python bench.py config/gpt2_124m.py --against="--batch_size=32; --batch_size=64"  # what fits, and how fast is it?
-    python bench.py config/gpt2_124m.py --compare=HEAD~3                              # beside the code of a commit
+    python bench.py config/gpt2_124m.py --against="--optimizer=muon"      # beside other options
+    python bench.py config/gpt2_124m.py --against="--batch_size=32; --batch_size=64"  # what fits?
+    python bench.py config/gpt2_124m.py --compare=HEAD~3                  # beside a commit's code
 
-It takes the steps of train_gpt2.py on data_dir, or on random tokens if a config names a data_dir that does not exist.
-The last line printed is one JSON object. Parts of a step are mean ms, on CUDA as the GPU went through them, elsewhere
-as Python did. "waiting" is for the loss of all processes and the gradient norm to reach Python. Memory is the peak of
-all tensors on CUDA, and of what PyTorch reserved for them; elsewhere both are the peak of the process.
+It takes the steps of train_gpt2.py on data_dir, or on random tokens if a config names a data_dir
+that does not exist. The last line printed is one JSON object. Parts of a step are mean ms, on CUDA
+as the GPU went through them, elsewhere as Python did. "waiting" is for the loss of all processes
+and the gradient norm to reach Python. Memory is the peak of all tensors on CUDA, and of what
+PyTorch reserved for them; elsewhere both are the peak of the process.
 """
 
 import json
@@ -82,8 +83,8 @@ def main() -> int:
 
 
 def build_run(config: TrainConfig, gpt_config: GPTConfig, given: dict, world: World, folder: Path) -> tuple[Run, State]:
-    """The run that train_gpt2.py would start with these options, without anything between its steps. Writes to `folder`
-    only. Raises UserError as train_gpt2.py does."""
+    """The run that train_gpt2.py would start with these options, without anything between its
+    steps. Writes to `folder` only. Raises UserError as train_gpt2.py does."""
     nothing = dict.fromkeys(("val_interval", "hellaswag_interval", "sample_interval"), 0)
     config = replace(config, resume=False, out_dir=str(folder / "run"), patience=None, **nothing)
     log = Metrics(config.out_dir, world.is_main)
@@ -106,7 +107,7 @@ def measure(bench: BenchConfig, run: Run, state: State, setup_seconds: float) ->
     clock, losses, skipped, times = Clock(run), [], [], []
     timed_batches = clock.timed(batches)
 
-    # The warm-up's work must be over before the first timed step begins, and the last step's before the clock stops.
+    # The warm-up must be over when the first timed step begins, and the last when the clock stops.
     for step in range(bench.warmup + bench.steps):
         if step == bench.warmup:
             synchronize()
@@ -178,7 +179,7 @@ class Clock:
             yield batch
 
     def parts(self) -> dict[str, float]:
-        """The ms of each part, from the first mark to the last; the device must be done with all of them."""
+        """The ms of each part, from the first mark to the last, all of which are over."""
         ms = dict.fromkeys(("data", "forward", "backward", "waiting", "optimizer"), 0.0)
         for (part, begin), (_, end) in pairwise(self.marks):
             ms[part] += begin.elapsed_time(end) if self.on_cuda else 1e3 * (end - begin)
@@ -186,8 +187,8 @@ class Clock:
 
 
 def compare(bench: BenchConfig, args: list[str]) -> dict[str, list[dict]]:
-    """Measure these options, other options and the code of another commit, each in processes of its own. Returns
-    {variant: results of the rounds}; a variant that fails has none. Raises UserError if all fail."""
+    """Measure these options, others, and another commit's code, each in its own processes. Returns
+    {variant: results of the rounds}, none if it fails. Raises UserError if all fail."""
     if under_torchrun():
         raise UserError("against and compare start their own processes: use --processes=N instead of torchrun")
     args = [arg for arg in args if not arg.startswith(("--against=", "--compare=", "--rounds=", "--processes="))]
@@ -218,7 +219,7 @@ def compare(bench: BenchConfig, args: list[str]) -> dict[str, list[dict]]:
     if len(errors) == len(commands):
         raise UserError(errors["as given"])
 
-    # One row for each variant. Speeds are compared round by round with the first variant that could be measured.
+    # One row a variant. Speeds are compared round by round with the first that was measured.
     first = next(rounds for rounds in results.values() if rounds)
     for name, rounds in results.items():
         row = errors.get(name)
@@ -232,7 +233,7 @@ def compare(bench: BenchConfig, args: list[str]) -> dict[str, list[dict]]:
 
 
 def output_of(command: list[str]) -> str:
-    """What a command prints to stdout. Raises UserError with the last line of stderr if it fails."""
+    """A command's stdout. Raises UserError with the last line of stderr if it fails."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # GIT_DIR: another one's
     ended = subprocess.run(command, capture_output=True, text=True, env=env)
     if ended.returncode:

@@ -25,7 +25,7 @@ from files import remove_partial, whole_file
 from metrics import Metrics
 from model import GPT, GPTConfig
 
-# What reading a damaged zip file raises. Errors of the system (OSError, MemoryError) are not among them.
+# What reading a damaged zip file raises. Errors of the system (OSError) are not among them.
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, ArithmeticError, LookupError,
           ValueError, RuntimeError)  # fmt: skip
 
@@ -40,7 +40,7 @@ def step_of(path: Path) -> int | None:
 
 
 def find(out_dir: str) -> list[Path]:
-    """A run's checkpoint files, newest step first. Raises UserError if the folder cannot be read."""
+    """A run's checkpoints, newest step first. Raises UserError if the folder cannot be read."""
     try:
         paths = [Path(out_dir, name) for name in os.listdir(out_dir)]
     except (FileNotFoundError, NotADirectoryError):
@@ -51,7 +51,7 @@ def find(out_dir: str) -> list[Path]:
 
 
 def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
-    """Write `state` as the checkpoint of its step, then delete older ones but the newest `keep` (0: all) and the best.
+    """Write `state` as its step's checkpoint, then keep the newest `keep` (0: all) and the best.
 
     Raises OSError if the disk is full or fails, and then deletes nothing.
     """
@@ -74,8 +74,8 @@ def save(state: dict, out_dir: str, keep: int, best_step: int | None) -> Path:
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint file; None if every checksum is right and it holds a model.
 
-    Raises UserError if the system cannot read the file. That is no damage: a run that took an older checkpoint for it
-    would overwrite a newer, good one.
+    Raises UserError if the system cannot read the file. That is no damage: a run that took an older
+    checkpoint for it would overwrite a newer, good one.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -100,12 +100,12 @@ def fault(path: Path) -> str | None:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint's state, on the CPU, mapped from disk. Only plain data and tensors load (weights_only)."""
+    """A checkpoint's state on the CPU, mapped from disk: plain data and tensors, nothing else."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_run(path: Path) -> dict:
-    """The state of the checkpoint that a run goes on from; every process reads it. Raises UserError."""
+    """The state that a run goes on from; every process reads it. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path} is not there for this process; all processes of a run must see its out_dir")
     saved = load(path)
@@ -115,7 +115,7 @@ def load_run(path: Path) -> dict:
 
 
 def newest_whole(out_dir: str) -> Path | None:
-    """The newest whole checkpoint, or None if there is no checkpoint file. Raises UserError if all are damaged."""
+    """The newest whole checkpoint; None if there is none. Raises UserError if all are damaged."""
     paths = find(out_dir)
     for path in paths:
         wrong = fault(path)
@@ -128,7 +128,7 @@ def newest_whole(out_dir: str) -> Path | None:
 
 
 def best_of(newest: Path) -> Path:
-    """The checkpoint with the lowest val loss, of the run whose newest one is given. Raises UserError."""
+    """The run's checkpoint with the lowest val loss, given its newest one. Raises UserError."""
     best = load(newest).get("best") or {"step": None}
     if best["step"] is None:
         raise UserError(f"{newest} knows of no val loss; leave out --best=True")
@@ -142,9 +142,9 @@ def best_of(newest: Path) -> Path:
 
 
 def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -> tuple[Path | None, dict]:
-    """The checkpoint to resume, or the options of a run that died before its first one, or neither: a new run.
+    """The checkpoint to resume, or the options of a run that died before its first, or neither.
 
-    Locks out_dir. Raises UserError rather than overwrite a run, or start one that the user did not describe.
+    Locks out_dir. Raises UserError rather than overwrite a run, or start one that nobody described.
     """
     log.lock()
     records = log.records()
@@ -173,10 +173,11 @@ def find_run(out_dir: str, resume: bool, given: Collection[str], log: Metrics) -
 def merge(
     saved: dict, config: Any, gpt_config: GPTConfig, given: dict[str, str], fixed: Collection[str], log: Metrics
 ) -> tuple[Any, GPTConfig, dict[str, list]]:
-    """A run's saved options, changed by those that were set as flags, and {option: [saved, now]} of the changes.
+    """A run's saved options as changed by flags, and {option: [saved, now]} of the changes.
 
-    `given` says where each option was set. Against a config file, which may have been edited since, the run's options
-    hold; a line says so. Raises UserError where a flag would make it another run: the model's options and the `fixed`.
+    `given` says where each option was set. Against a config file, which may have been edited since,
+    the run's options hold; a line says so. Raises UserError where a flag would make it another run:
+    the model's options and the `fixed`.
     """
     configs, changed = [], {}
     for asked, old in ((config, saved["config"]), (gpt_config, saved["gpt_config"])):
@@ -207,7 +208,7 @@ def merge(
 
 
 def gpt_config(state: dict, path: Path) -> GPTConfig:
-    """The architecture of a checkpoint. Raises UserError if this version of the model does not know it."""
+    """A checkpoint's architecture. Raises UserError if this version of model.py lacks it."""
     try:
         return GPTConfig(**state["gpt_config"])
     except (TypeError, ValueError) as error:
@@ -215,7 +216,7 @@ def gpt_config(state: dict, path: Path) -> GPTConfig:
 
 
 class NoInit(TorchFunctionMode):
-    """Inside, new modules draw no weights: on "meta" that would import torch's compiler, which takes a second."""
+    """Inside, new modules draw no weights: on "meta" that imports torch's compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         draws = getattr(function, "__module__", None) == "torch.nn.init"
@@ -233,7 +234,7 @@ def model_of(config: GPTConfig, weights: dict[str, Tensor], path: Path | str) ->
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assign: bool = False) -> None:
-    """Put weights into a model: copies, or the tensors themselves (assign). UserError names one that does not fit."""
+    """Copy weights into a model, or assign them. UserError names one that does not fit."""
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (f"{t[name].dtype} {tuple(t[name].shape)}" if name in t else None for t in (weights, wanted))
@@ -243,7 +244,7 @@ def load_weights(model: GPT, weights: dict[str, Tensor], path: Path | str, assig
 
 
 def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """What the optimizers remember of each parameter, by its name: their own numbers change with their options."""
+    """What the optimizers remember of each parameter, by its name: their numbering is not fixed."""
     known = [(name, o.state[p]) for name, p in model.named_parameters() for o in optimizers if p in o.state]
     return {name: dict(tensors) for name, tensors in known}
 
@@ -251,8 +252,8 @@ def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict
 def restore(saved: dict, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
     """Load the optimizers' and the scaler's state: copies, so that the file need not stay mapped.
 
-    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if a moment has
-    another shape than its parameter: fused code would read and write past its end.
+    Learning rates, betas and the like come from the run's options. Raises UserError, naming it, if
+    a moment has another shape than its parameter: fused code would read and write past its end.
     """
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:

@@ -4,10 +4,11 @@
     python evaluate.py gpt2 --data_dir=data/wikitext2_test --stride=512
     torchrun --nproc_per_node=8 evaluate.py --data_dir=data/fineweb_edu10B --tokens=10485760
 
-A split is one stream of tokens. Each token but the first is predicted once, in windows of seq_len tokens. The last line
-printed is one JSON object: loss is in nats per token, and perplexity its exp; word_loss is loss x tokens / (words - 1);
-bits_per_byte is loss x tokens / bytes / ln 2, where bytes are those of the predicted text. What is not known is null,
-such as the words of a part of a split. On the whole windows of one shard, loss is the val loss of train_gpt2.py.
+A split is one stream of tokens. Each token but the first is predicted once, in windows of seq_len
+tokens. The last line printed is one JSON object: loss is in nats per token, and perplexity its exp;
+word_loss is loss x tokens / (words - 1); bits_per_byte is loss x tokens / bytes / ln 2, where bytes
+are those of the predicted text. What is not known is null, such as the words of a part of a split.
+On the whole windows of one shard, loss is the val loss of train_gpt2.py.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def main() -> int:
     if not stride <= seq_len <= block_size:
         raise UserError(f"{path}: it needs stride <= seq_len <= block_size, not {stride}, {seq_len}, {block_size}")
 
-    # The data must be in the tokens of the model: the same tokenizer, and no id beyond the model's vocabulary.
+    # The data must be in the model's tokens: the same tokenizer, and no id beyond its vocabulary.
     meta = read_meta(data_dir)
     tokenizer_of_data = data_tokenizer(data_dir, meta, vocab_size)
     check_same_tokenizer(tokenizer, tokenizer_of_data, path, data_dir)
@@ -89,7 +90,7 @@ def main() -> int:
 
 
 def results(nats: float, tokens: int, words: int, size: int) -> dict[str, float | None]:
-    """The summed loss of so many tokens in all units. Words and bytes are 0 if unknown. What is not finite is None."""
+    """A summed loss in all units. Words and bytes are 0 if unknown. What is not finite is None."""
     loss, word_loss = nats / tokens, nats / (words - 1) if words > 1 else None
     perplexity, word_perplexity = (None if x is None or x > 700 else math.exp(x) for x in (loss, word_loss))
     values = {
@@ -101,7 +102,7 @@ def results(nats: float, tokens: int, words: int, size: int) -> dict[str, float 
 
 
 def own_data(path: Path) -> str:
-    """The data_dir of the run that a checkpoint belongs to. Raises UserError if it belongs to none."""
+    """The data_dir of a checkpoint's run. Raises UserError if it belongs to none."""
     config = (checkpoint.load(path).get("config") if path.is_file() else None) or {}
     if "data_dir" not in config:
         raise UserError(f"{path} does not say on which data it was trained; use --data_dir=DIR")
@@ -114,7 +115,7 @@ def evaluate(
     model: GPT, shards: Sequence[np.ndarray], tokens: int, seq_len: int, stride: int, batch_size: int,
     byte_lengths: np.ndarray, world: World, in_dtype: contextlib.AbstractContextManager,
 ) -> tuple[float, int]:  # fmt: skip
-    """The summed loss of the first `tokens` targets in nats, and the bytes of their text, on every rank.
+    """The summed loss of the first `tokens` targets in nats, and their bytes, on every rank.
 
     `byte_lengths` (V,) are the bytes of each token id.
     """
@@ -140,9 +141,9 @@ def evaluate(
 def read_windows(
     shards: Sequence[np.ndarray], numbers: Sequence[int], tokens: int, seq_len: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of these windows, (B, T) each. Window i begins at token i * stride of the stream.
+    """Inputs and targets of these windows, (B, T) each. Window i begins at token i * stride.
 
-    Targets are -1 where the window before has predicted them, and behind the first `tokens` targets of the stream.
+    Targets are -1 where the window before has predicted them, and behind the first `tokens` of all.
     """
     x = torch.zeros(len(numbers), min(seq_len, tokens), dtype=torch.int64)
     y = torch.full_like(x, -1)
@@ -169,7 +170,7 @@ def read(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
 
 
 def token_losses(model: GPT, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-    """The cross entropy of targets (N,) in nats, float32 (N,), given the final hidden states (N, C)."""
+    """Cross entropy in nats, float32 (N,), of targets (N,) given final hidden states (N, C)."""
     # (N, C) -> pieces of (256, C) -> logits (256, V) -> losses (256,). All logits at once would
     # fill the memory, and on a CPU small pieces are faster.
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)

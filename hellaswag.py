@@ -1,11 +1,12 @@
-"""HellaSwag: how often does a model give the right one of four endings the highest likelihood? Chance is 0.25.
+"""HellaSwag: how often is the right one of four endings the likeliest? Chance is 0.25.
 
     python hellaswag.py --model=out/mine
     torchrun --nproc_per_node=8 hellaswag.py --model=out/mine
 
-The last line printed is one JSON object. acc picks the ending with the lowest summed loss, acc_norm the one with the
-lowest mean loss per token. As in other GPT-2 reproductions, a text is the tokens of the context, then those of " " +
-ending. (Zellers et al. 2019, arXiv 1905.07830; https://github.com/rowanz/hellaswag)
+The last line printed is one JSON object. acc picks the ending with the lowest summed loss, acc_norm
+the one with the lowest mean loss per token. As in other GPT-2 reproductions, a text is the tokens
+of the context, then those of " " + ending. (Zellers et al. 2019, arXiv 1905.07830;
+https://github.com/rowanz/hellaswag)
 """
 
 import contextlib
@@ -68,9 +69,9 @@ def main() -> int:
 
 
 def load(path: str | None, enc: tiktoken.Encoding, block_size: int, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a file, tokenized; of the validation set (downloaded once) if path is None.
+    """The first `limit` examples of a file, or of the validation set (downloaded once), tokenized.
 
-    Raises UserError if the file cannot be read or has no examples, and names the line that is not an example.
+    Raises UserError if the file cannot be read or is empty, and names a line that is no example.
     """
     path = path or download()
     try:
@@ -90,8 +91,8 @@ def parse(line: bytes, where: str, enc: tiktoken.Encoding, block_size: int) -> E
         row = json.loads(line)
         # Context and endings are tokenized apart: all four endings follow the same context ids.
         context, *endings = map(enc.encode_ordinary, [row["ctx"], *(" " + ending for ending in row["endings"])])
-        # Only the end of a long context is used, so that the longest ending fits behind it. The last token of an
-        # ending is predicted but never read, so it needs no room.
+        # Only the end of a long context is used, so that the longest ending fits behind it. The
+        # last token of an ending is predicted but never read, so it needs no room.
         room = block_size + 1 - max(map(len, endings))
         if not context or len(endings) != 4 or row["label"] not in range(4) or room < 1:
             raise ValueError(f"it needs a ctx, four endings of at most {block_size} tokens, and a label from 0 to 3")
@@ -125,7 +126,7 @@ def download() -> str:
 
 
 def score(model: GPT, examples: list[Example], *args, **kwargs) -> tuple[float, float, int] | None:
-    """(acc, acc_norm, number of examples), the same on every rank; None if stopped. Takes what ending_losses takes."""
+    """(acc, acc_norm, number of examples), on every rank; None if stopped. See ending_losses."""
     losses = ending_losses(model, examples, *args, **kwargs)
     if losses is None:
         return None
@@ -143,9 +144,9 @@ def ending_losses(
     model: GPT, examples: list[Example], max_tokens: int, world: World,
     in_dtype: contextlib.AbstractContextManager, progress: bool = False, stop: object = False,
 ) -> np.ndarray | None:  # fmt: skip
-    """The summed loss of every ending in nats, float64 (n, 4), the same on every rank. None if `stop` became true.
+    """The summed loss of every ending in nats, float64 (n, 4), on every rank; None if stopped.
 
-    A training run is not disturbed: no random number is drawn, and the model stays in train mode if it was.
+    A training run is not disturbed: no random number is drawn, the model's mode stays.
     """
     losses = np.zeros((len(examples), 4))
     device, was_training = model.wte.weight.device, model.training
@@ -157,19 +158,19 @@ def ending_losses(
             break
         idx, positions, segment, where, targets = (t.to(device) for t in pack([examples[i] for i in batch]))
 
-        # A token sees the tokens of its own segment and those of the context, as far as they stand before it.
+        # A token sees those before it that are in its own segment or in the context.
         mask = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)  # (B, T, T)
         with in_dtype:
             # Logits only where an ending is predicted: (B, T, C) -> (N, C) -> losses (N,).
             hidden = model.hidden(idx, positions=positions, mask=mask.tril().unsqueeze(1)).flatten(0, 1)[where]
             loss = token_losses(model, hidden, targets).cpu().double().numpy()
 
-        # The losses of an ending stand next to each other, and so do the four endings of an example.
+        # The losses of an ending stand side by side, and so do an example's four endings.
         starts = np.cumsum([0] + [len(ending) for i in batch for ending in examples[i].endings])[:-1]
         losses[batch] = np.add.reduceat(loss, starts).reshape(-1, 4)
     model.train(was_training)
 
-    # An example is scored on one rank and 0 on all others, so the sum over the ranks has all of them.
+    # An example is scored on one rank and 0 on all others: the sum over the ranks has them all.
     *totals, stopped = world.sum([*losses.flatten(), bool(stop)])
     return None if stopped else np.array(totals).reshape(-1, 4)
 
@@ -180,7 +181,7 @@ def row_length(example: Example) -> int:
 
 
 def make_batches(examples: list[Example], max_tokens: int) -> list[list[int]]:
-    """The numbers of the examples, longest first, in batches of at most max_tokens including padding."""
+    """The examples' numbers, longest first, in batches of at most max_tokens with padding."""
     # Rows of like length need little padding. The first and longest row sets how many fit.
     order = sorted(range(len(examples)), key=lambda i: row_length(examples[i]), reverse=True)
     batches = []
@@ -192,10 +193,10 @@ def make_batches(examples: list[Example], max_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One row per example: its context once and, behind it, the four endings without their last tokens.
+    """One row per example: its context once, then the four endings without their last tokens.
 
-    Returns idx, positions and segment, (B, T) each; segment is 0 in the context and 1 to 4 in the endings. `where` (N,)
-    are the places in the flattened rows from which the tokens `targets` (N,) are predicted, ending by ending.
+    Returns idx, positions and segment, (B, T) each; segment is 0 in the context, 1 to 4 in the
+    endings. From the places `where` (N,) in the flattened rows, `targets` (N,) are predicted.
     """
     B, T = len(examples), max(map(row_length, examples))
     idx, positions, segment = np.zeros((3, B, T), dtype=np.int64)

@@ -2,9 +2,9 @@
 
     python huggingface.py --model=out/notes --out_dir=hf/notes
 
-writes a folder for AutoModelForCausalLM and AutoTokenizer. GPT-2's flags become a GPT2LMHeadModel, Llama's (rope,
-rmsnorm, swiglu) a LlamaForCausalLM. Any other model goes there together with a copy of model.py, to be loaded by
-AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+writes a folder for AutoModelForCausalLM and AutoTokenizer. GPT-2's flags become a GPT2LMHeadModel,
+Llama's (rope, rmsnorm, swiglu) a LlamaForCausalLM. Any other model goes there together with a copy
+of model.py, to be loaded by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 """
 
 import contextlib
@@ -82,10 +82,10 @@ def main() -> int:
 
 
 def load_model(name: str | None, device: torch.device, best: bool = False) -> tuple[GPT, str | None, Path]:
-    """The model, its tokenizer (see tokenizer.get_tokenizer; None: unknown) and where they came from.
+    """The model, its tokenizer (see get_tokenizer; None: unknown) and where they came from.
 
-    name is a checkpoint, a run's folder (its newest whole checkpoint, or its best), a Hugging Face folder, one of
-    GPT2_NAMES (downloaded once), or None (the newest run under out/). Raises UserError.
+    name is a checkpoint, a run's folder (its newest whole checkpoint or its best), a Hugging Face
+    folder, one of GPT2_NAMES, or None: the newest run under out/. Raises UserError.
     """
     path = newest_run() if name is None else Path(name)
     is_run = bool(checkpoint.find(str(path)))
@@ -132,7 +132,7 @@ def newest_run() -> Path:
 
 
 def encoding_of(model: GPT, tokenizer: str | None, path: Path) -> tiktoken.Encoding:
-    """The tokenizer of a loaded model. Raises UserError if it is unknown, or has ids that the model does not have."""
+    """A loaded model's tokenizer. Raises UserError if it is unknown or has too many ids."""
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not known, and without one its ids have no text")
     enc = get_tokenizer(tokenizer)
@@ -146,9 +146,9 @@ def starting_weights(
 ) -> tuple[GPTConfig, dict]:
     """The architecture and weights to start training from; source is a name as load_model takes it.
 
-    Of the architecture only dropout, a smaller block_size (any with RoPE) and a larger vocab_size may be given; without
-    one, vocab_size grows to the data's in meta.json. Raises UserError if another field in `given` differs from the
-    model's, or the data has another tokenizer.
+    Of the architecture only dropout, a smaller block_size (any with RoPE) and a larger vocab_size
+    may be given; without one, vocab_size grows to the data's in meta.json. Raises UserError if
+    another field in `given` differs from the model's, or the data has another tokenizer.
     """
     model, tokenizer, path = load_model(source, torch.device("cpu"))
     old = model.config
@@ -162,7 +162,7 @@ def starting_weights(
     of_data = {"vocab_size": max(old.vocab_size, meta.get("vocab_size", 0))}
     new = dataclasses.replace(old, **of_data | changes)
 
-    # Positions are cut off at the end. Rows for new tokens start as the mean of all rows: as likely as the average.
+    # Positions are cut off at the end. New tokens' rows start as the mean of all others.
     weights = dict(model.state_dict())
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: new.block_size]
@@ -199,7 +199,7 @@ def load_folder(folder: Path) -> GPT:
 
 
 def load_native(folder: Path) -> GPT:
-    """The model of a folder in GPT-2's or Llama's shape. transformers reads it, and must give the same logits."""
+    """The model of a folder in GPT-2's or Llama's shape; transformers must give the same logits."""
     transformers, local = import_transformers(), dict(local_files_only=True, trust_remote_code=False)
     their_config = transformers.AutoConfig.from_pretrained(folder, **local)
     config = to_gpt_config(their_config)
@@ -207,7 +207,7 @@ def load_native(folder: Path) -> GPT:
         if (have := getattr(their_config, name)) != want:
             raise UserError(f"{folder}: {name} = {have!r}, but our model computes only {want!r}")
 
-    # The report lists missing, unexpected and mismatched tensors. An old file's buffer masked_bias is no fault.
+    # It lists missing, unexpected and mismatched tensors. Old files' masked_bias is no fault.
     how = dict(config=their_config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how, **local)
     for problem, tensors in report.items():
@@ -220,7 +220,7 @@ def load_native(folder: Path) -> GPT:
 
 
 def to_gpt_config(theirs: Any) -> GPTConfig:
-    """Our config of their GPT2Config or LlamaConfig, without dropout, which belongs to a training run."""
+    """Our config of their GPT2Config or LlamaConfig, without dropout: that belongs to a run."""
     shape = {our: getattr(theirs, name) for our, name in SETTINGS[theirs.model_type].items()}
     if theirs.model_type == "llama":
         rope_base = theirs.rope_parameters["rope_theta"]
@@ -229,7 +229,7 @@ def to_gpt_config(theirs: Any) -> GPTConfig:
 
 
 def their_settings(ours: GPTConfig) -> dict[str, Any]:
-    """What config.json says of such a model, as far as its logits depend on it: GPT-2's words, or with RoPE Llama's."""
+    """What config.json says of a model's logits: in GPT-2's words, or with RoPE in Llama's."""
     kind = "gpt2" if ours.pos == "learned" else "llama"
     settings = {"model_type": kind} | {name: getattr(ours, our) for our, name in SETTINGS[kind].items()}
     if kind == "gpt2":
@@ -242,7 +242,7 @@ def their_settings(ours: GPTConfig) -> dict[str, Any]:
 
 
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors as ours are called and shaped: views, so that what is written to them is written to theirs."""
+    """Their tensors, named and shaped as ours: views, so writing to them writes to theirs."""
     views = {}
     for name, tensor in theirs.items():
         ours = ".".join(MODULES.get(x, x) for x in name.split(".") if x not in ("transformer", "model"))
@@ -257,8 +257,8 @@ def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def check_same_logits(ours: GPT, theirs: nn.Module, where: str | Path) -> None:
-    """Put both models into eval mode. Raises UserError unless they give the same logits for random ids at 64 positions
-    spread over the whole context."""
+    """Put both models into eval mode. Raises UserError unless they give the same logits for random
+    ids at 64 positions spread over the whole context."""
     config = ours.eval().config
     positions = torch.linspace(0, config.block_size - 1, min(64, config.block_size), dtype=torch.float64).long()[None]
     idx = torch.randint(config.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
@@ -271,8 +271,8 @@ def check_same_logits(ours: GPT, theirs: nn.Module, where: str | Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> str | None:
-    """The folder's tokenizer as a checkpoint keeps it; None if it has none, or one that splits text in other ways than
-    ours (then a line on stderr says so)."""
+    """The folder's tokenizer as a checkpoint keeps it; None if it has none, or one that splits text
+    in other ways than ours (then a line on stderr says so)."""
     if (folder / "tokenizer.json").is_file():
         content = tokenizer_content(str(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file():  # as GPT-2's tokenizer was published
@@ -293,7 +293,7 @@ def read_tokenizer(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def one_line_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Raises UserError, `what` first, for what a damaged file, a full disk or a download without a network raises."""
+    """Raises UserError, `what` first, for a damaged file, a full disk or a missing network."""
     from safetensors import SafetensorError
 
     try:
@@ -317,7 +317,7 @@ def import_transformers() -> Any:
 
 
 def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | Path) -> None:
-    """Write a model, which came from `where`, and its tokenizer to the folder out_dir. Raises UserError."""
+    """Write a model, which came from `where`, and its tokenizer to out_dir. Raises UserError."""
     partial = out_dir / ".huggingface.partial"
     if out_dir.exists() and not (out_dir.is_dir() and set(os.listdir(out_dir)) <= {partial.name}):
         raise UserError(f"out_dir {out_dir} exists and is not an empty folder; name another")
@@ -333,8 +333,8 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | P
             if tokenizer:
                 save_tokenizer(tokenizer, model.config.block_size, partial)
 
-            # Files move up once all are on disk, and config.json last: a folder without it is no model. (The folder
-            # itself may be a mount point, which nothing can replace.)
+            # Files move up once all are on disk, and config.json last: a folder without it is no
+            # model. (The folder itself may be a mount point, which nothing can replace.)
             mode = (partial / "config.json").stat().st_mode
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 with contextlib.suppress(PermissionError):  # some file systems have no chmod
@@ -347,14 +347,14 @@ def save_folder(model: GPT, tokenizer: str | None, out_dir: Path, where: str | P
 
 
 def is_native(config: GPTConfig) -> bool:
-    """Whether transformers' GPT-2 or Llama computes what such a model does: their config says all that ours does."""
+    """Whether transformers' GPT-2 or Llama is this model: their config says all that ours does."""
     back = to_gpt_config(SimpleNamespace(**their_settings(config)))
     # Dropout and init are no part of what it computes, and missing biases are biases of 0.
     return back == dataclasses.replace(config, dropout=0.0, init="gpt2", bias=back.bias, qkv_bias=None)
 
 
 def to_transformers(model: GPT, eot: int | None, where: str | Path) -> nn.Module:
-    """The same model as a class of transformers, on the CPU. Raises UserError if their logits differ."""
+    """The same model as transformers', on the CPU. Raises UserError if their logits differ."""
     transformers = import_transformers()
     ours = dataclasses.replace(model.config, mlp_hidden=model.h[0].mlp.c_fc.out_features)
     settings = their_settings(ours) | dict(bos_token_id=eot, eos_token_id=eot)
@@ -372,7 +372,7 @@ def to_transformers(model: GPT, eot: int | None, where: str | Path) -> nn.Module
 
 
 def save_tokenizer(tokenizer: str, block_size: int, folder: Path) -> None:
-    """Write a tokenizer that gives the same ids. transformers loads it as GPT-2's, whatever the model."""
+    """Write a tokenizer with the same ids. transformers loads it as GPT-2's, whatever the model."""
     content, eot = to_json(tokenizer), get_tokenizer(tokenizer).eot_token
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     name = next(token["content"] for token in json.loads(content)["added_tokens"] if token["id"] == eot)
@@ -385,7 +385,7 @@ def save_tokenizer(tokenizer: str, block_size: int, folder: Path) -> None:
 
 
 def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
-    """Write a model of any shape, together with model.py and a class by which transformers runs it."""
+    """Write a model of any shape, with model.py and a class by which transformers runs it."""
     from safetensors.torch import save_file
 
     config, code = model.config, f"modeling_{REMOTE}"
@@ -394,7 +394,7 @@ def save_remote(model: GPT, eot: int | None, folder: Path) -> None:
         "auto_map": {"AutoConfig": f"{code}.TrainGPT2Config", "AutoModelForCausalLM": f"{code}.TrainGPT2"},
         "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "use_cache": False,
         "tie_word_embeddings": config.tie_weights, "bos_token_id": eot, "eos_token_id": eot,
-        # lm-eval asks for a cache: transformers needs these sizes to make one, which forward ignores
+        # lm-eval asks for a cache: transformers makes one of these sizes, which forward ignores
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
         "gpt_config": vars(config),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from files import lock_folder, remove_partial, sync, whole_file
 
 
 class Metrics:
-    """out_dir/metrics.jsonl, and the terminal. First `lock`, then `begin`, then `write`, `say` and `sync`."""
+    """out_dir/metrics.jsonl and the terminal. First `lock`, then `begin`, then the rest."""
 
     def __init__(self, out_dir: str, is_main: bool = True):
         """`is_main`: whether this process writes and prints; of several processes one does."""
@@ -24,7 +24,7 @@ class Metrics:
         self.begun = self.has_run = False  # whether there was a file, and whether it has a record of the kind "run"
 
     def lock(self) -> bool:
-        """Lock out_dir for this process, if it exists. Returns whether a run has begun there. Raises UserError."""
+        """Lock out_dir, if it exists. Returns whether a run has begun there. Raises UserError."""
         with self.one_line_errors():
             if self.lock_handle is None and self.path.parent.is_dir():
                 self.lock_handle = lock_folder(self.path.parent)
@@ -41,8 +41,8 @@ class Metrics:
         return any(record.get("event") == "done" and record.get("step") == step for record in self.records())
 
     def begin(self, resumed_at: int | None, log_to: str | None = None, again: Collection[str] = ()) -> None:
-        """Start an empty file, or keep the records up to the step that is resumed. Of that step itself, the kinds in
-        `again` go: they are made again. `log_to` ("wandb") gets the same numbers. Raises UserError."""
+        """Start an empty file, or keep the records up to the resumed step, but not that step's
+        kinds in `again`. `log_to` ("wandb") gets the same numbers. Raises UserError."""
         spec = importlib.util.find_spec(log_to) if log_to else None
         if log_to and (spec is None or spec.origin is None):  # Python imports even a stray folder of that name
             raise UserError(f"log_to = {log_to!r} needs a package: pip install {log_to}")
@@ -73,7 +73,7 @@ class Metrics:
             raise UserError(f"{self.path} cannot be {done}: {error.strerror}") from None
 
     def check_folder(self) -> None:
-        """Raises UserError if out_dir is no longer the folder that was locked: by now it may be another run's."""
+        """Raises UserError if out_dir is no longer the locked folder, but maybe another run's."""
         if self.lock_handle is None:  # on Windows
             return
         folder = self.path.parent
@@ -108,7 +108,7 @@ class Metrics:
         sync(self.file.fileno())
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Do something with wandb. If that fails, say so and go on without it: the run does not depend on it."""
+        """Do something with wandb. If that fails, say so and go on without it."""
         try:
             action()
         except Exception as error:  # a full disk, a network, an account: of many types
@@ -174,14 +174,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Nats per token to bits per byte of UTF-8, comparable across tokenizers; None if meta.json lacks the counts."""
+    """Nats per token to bits per byte, of any tokenizer; None if meta lacks the counts."""
     tokens, size = meta.get("val_tokens"), meta.get("val_bytes")
     return loss / math.log(2) * tokens / size if tokens and size else None
 
 
 def word_loss(loss: float, meta: dict) -> float | None:
-    """Nats per token to nats per word of the original text, of the whole validation set. Its exp is the word-level
-    perplexity. None if meta.json lacks the counts."""
+    """Nats per token to nats per word of the original text, of the whole validation set. Its exp is
+    the word-level perplexity. None if meta.json lacks the counts."""
     tokens, words = meta.get("val_tokens", 0), meta.get("val_words", 0)
     return loss * (tokens - 1) / (words - 1) if tokens > 1 and words > 1 else None
 

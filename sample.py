@@ -1,6 +1,6 @@
 """Text from a checkpoint or from GPT-2, printed while it is made.
 
-    python sample.py                                    asks for prompts; without --model, of the newest run in out/
+    python sample.py                                    asks for prompts; newest run in out/
     python sample.py --start="def main"
     python sample.py --model=out/quickstart --start=FILE:prompt.txt --num_samples=3
     echo "Once upon a time" | python sample.py --model=gpt2
@@ -56,7 +56,7 @@ def main() -> int:
     model, tokenizer, path = load_model(config.model, device, config.best)
     enc = encoding_of(model, tokenizer, path)
 
-    # A CPU is fastest with float16 matrices, if torch has kernels for them (AVX2), and a GPU with 16-bit weights.
+    # A CPU is fastest with float16 matrices (if it has AVX2), a GPU with 16-bit weights.
     packed = device.type == "cpu" and config.dtype in ("auto", "float16")
     packed = packed and torch.backends.quantized.engine in ("x86", "fbgemm")
     dtype = torch.float16 if packed else pick_dtype(config.dtype, device)
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def prompts(start: str, given: bool) -> Iterable[str]:
-    """The texts to continue: --start if it is given, else what is piped in, else what the user types on a terminal.
+    """The texts to continue: --start, else what is piped in, else what the user types.
 
     Raises UserError.
     """
@@ -130,8 +130,8 @@ def show(model: GPT, enc: tiktoken.Encoding, start: str, config: SampleConfig, s
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear with its matrix in float16, in FBGEMM's layout. Input, sums and output are float32. A product with a
-    few rows takes as long as reading the matrix: half of the bytes are half of the time."""
+    """An nn.Linear with its matrix in float16, in FBGEMM's layout; all else is float32. A few rows
+    take as long as reading the matrix: half of the bytes are half of the time."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -142,8 +142,8 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: GPT) -> GPT:
-    """Replace the matrices of a float32 model by PackedLinears, for generation only. Returns the model itself."""
-    # A matrix that float16 cannot hold stays: packing would turn its infinities and NaNs into numbers.
+    """Replace a float32 model's matrices by PackedLinears, for generation. Returns the model."""
+    # What float16 cannot hold stays: packing would turn infinities and NaNs into numbers.
     linears, largest = {}, torch.finfo(torch.float16).max
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and part.weight.abs().amax() <= largest:
@@ -159,18 +159,18 @@ def pack(model: GPT) -> GPT:
 
 
 def load(name: str | None = None, device: str = "auto") -> tuple[GPT, tiktoken.Encoding]:
-    """The model called `name`, as for --model, in eval mode, and its tokenizer. Raises UserError."""
+    """The model called `name`, as --model, in eval mode, and its tokenizer. Raises UserError."""
     model, tokenizer, path = load_model(name, pick_device(device))
     return model.eval(), encoding_of(model, tokenizer, path)
 
 
 def text(model: GPT, enc: tiktoken.Encoding, start: str = "", max_new_tokens: int = 200, **how) -> str:
-    """`start` and a continuation of it; `how`: temperature, top_k, top_p and seed, as complete takes them."""
+    """`start` and its continuation; `how`: temperature, top_k, top_p and seed, as in complete."""
     return start + "".join(piece for (piece,) in complete(model, enc, start, 1, max_new_tokens, **how))
 
 
 def encode(enc: tiktoken.Encoding, start: str) -> list[int]:
-    """A prompt's ids: <|endoftext|> in it is the special token, and an empty one is the start of a document."""
+    """A prompt's ids: <|endoftext|> is the special token, an empty one the start of a document."""
     return enc.encode(start, allowed_special={ENDOFTEXT}, disallowed_special=()) or [enc.eot_token]
 
 
@@ -178,10 +178,10 @@ def complete(
     model: GPT, enc: tiktoken.Encoding, start: str, num_samples: int, max_new_tokens: int, temperature: float = 0.8,
     top_k: int | None = 200, top_p: float | None = None, seed: int = 1337,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """Continue `start` num_samples times, yielding what each sample's text gained with each token, as whole characters.
+    """Continue `start` num_samples times, yielding what each text gained with each token.
 
-    The last piece holds the bytes of a character that was left unfinished, as U+FFFD. Raises FloatingPointError as
-    generate does.
+    The last piece holds the bytes of a character that was left unfinished, as U+FFFD. Raises
+    FloatingPointError as generate does.
     """
     # One batch, with the same prompt in every row. The rows differ because all of them draw from
     # one generator, in turn. It is our own, so that the caller's random numbers stay as they are.
@@ -190,7 +190,7 @@ def complete(
     unused = torch.from_numpy(unused_ids(enc)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
 
-    # A token may be a part of a character, so a decoder keeps its bytes until the character is whole.
+    # A token may be part of a character: a decoder keeps its bytes until that is whole.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     how = (temperature, top_k, top_p, enc.n_vocab, enc.eot_token, generator, unused)
     for tokens in generate(model, idx, max_new_tokens, *how):
@@ -205,11 +205,11 @@ def generate(
     top_p: float | None = None, vocab_size: int | None = None, eot: int | None = None,
     generator: torch.Generator | None = None, unused: Tensor | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,), as soon as it is known.
+    """Continue prompts idx (B, T >= 1), yielding the next token of each sequence, (B,).
 
-    temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) and the ids in `unused` are never drawn.
-    A sequence that drew eot repeats it; generation ends when all have, or after max_new_tokens. Raises
-    FloatingPointError if logits are not finite.
+    temperature 0 is greedy. Ids from vocab_size on (the vocabulary's padding) and the ids in
+    `unused` are never drawn. A sequence that drew eot repeats it; generation ends when all have, or
+    after max_new_tokens. Raises FloatingPointError if logits are not finite.
     """
     # The cache keeps the keys and values of all tokens so far, so that each is computed once. It
     # is as long as this text can become: a short answer does not pay for the whole context.
@@ -219,7 +219,7 @@ def generate(
     context = new = idx[:, -block_size:]
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
-        # When the context is full, read its newer half again: in a long text that costs O(1) re-reads a token.
+        # When the context is full, read its newer half again: about one more token read for each.
         if cache.length + new.size(1) > block_size:
             new = context = context[:, -max(1, block_size // 2) :]
             cache.length = 0
@@ -247,7 +247,7 @@ def generate(
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
+    """One token a row: logits (B, V) -> ids (B,). top_p: Holtzman et al. 2020, arXiv 1904.09751.
 
     Raises FloatingPointError if the logits have no finite maximum.
     """

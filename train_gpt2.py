@@ -96,8 +96,8 @@ class TrainConfig(OptimConfig):
             raise ValueError("optimizer = 'adafactor' needs whole matrices; use --parallel=ddp, or adamw or muon")
 
 
-# A resumed run keeps its options; flags change them, but never these: another model (all of GPTConfig),
-# data order, batch or kind of optimizer would be another run. val_tokens: its losses must compare.
+# A resumed run keeps its options; flags change them, but not these or GPTConfig: another model,
+# data order, batch or kind of optimizer is another run. val_tokens: losses must compare.
 FIXED = {"init_from", "seed", "seq_len", "total_batch_size", "val_tokens", "optimizer"}
 
 
@@ -135,7 +135,7 @@ class Run:
 
 @dataclass
 class State:
-    """What a run remembers from step to step, beside its weights and optimizers. A checkpoint holds all of it."""
+    """What a run remembers, beside weights and optimizers. A checkpoint holds all of it."""
 
     step: int = 0  # optimizer steps done
     loss: float = math.nan  # of the last step's whole batch
@@ -156,16 +156,16 @@ def main() -> int:
     world = World(device=None)  # a resumed run brings its own device
     log = Metrics(config.out_dir, world.is_main)
 
-    # Look before writing. A mistake in the options, the data or the machine ends the run here, on all
-    # processes with the same line, and nothing has been touched.
+    # Look before writing. A mistake in the options, the data or the machine ends the run here, on
+    # all processes with the same line, and nothing has been touched.
     path, saved = world.on_main(lambda: checkpoint.find_run(config.out_dir, config.resume, given, log))
     run = world.together(lambda: look(config, gpt_config, given, path, saved, world, log))
     state = State(**{f.name: run.saved[f.name] for f in fields(State) if f.name in run.saved})
     if state.ended_by in run.changed:  # a new target_loss or patience: the old one ends nothing
         state.ended_by = None
 
-    # A finished run has nothing to do, except for the report if it died while writing that. One that
-    # died between its last checkpoint and its last record is not finished: it goes on to conclude.
+    # A finished run has nothing to do but write the report, if it died in that. One that died
+    # between its last checkpoint and its last record is not finished: it goes on to conclude.
     if path and finished(run, state) and world.on_main(lambda: log.is_done(state.step)):
         report = log.path.with_name("report.md")
         if not (report.exists() and report.stat().st_mtime >= log.path.stat().st_mtime):
@@ -174,8 +174,8 @@ def main() -> int:
         world.close()
         return 0
 
-    # Build the model, open the log and train. Records from behind the checkpoint go, as these steps are
-    # taken again. So do those of the checkpoint's own step that are made again, and its samples.
+    # Build the model, open the log and train. Records from behind the checkpoint go, as these steps
+    # are taken again; so do those of its own step that are made again.
     build(run, state)
     again = evaluations_due(run, state) | {"sample"}
     world.on_main(lambda: log.begin(state.step if path else None, run.config.log_to, again))
@@ -197,10 +197,10 @@ def look(
     config: TrainConfig, gpt_config: GPTConfig, given: dict[str, str], path: Path | None, saved: dict, world: World,
     log: Metrics,
 ) -> tuple[Run, int]:  # fmt: skip
-    """The run with these options, not built yet, and a checksum of what must be the same on all processes.
+    """The run, not built yet, and a checksum of what must be the same on all processes.
 
-    `given` says where each option was set. `path` is the checkpoint to resume; without one, `saved` holds the options
-    of a run that died before its first checkpoint, or nothing. Raises UserError.
+    `given` says where each option was set. `path` is the checkpoint to resume; without one, `saved`
+    holds the options of a run that died before its first checkpoint, or nothing. Raises UserError.
     """
     # A run that goes on has its own options; only flags change them.
     saved, changed = checkpoint.load_run(path) if path else saved, {}
@@ -221,8 +221,8 @@ def look(
             check_same_tokenizer(saved["tokenizer"], tokenizer, path, config.data_dir)
         tokenizer = saved["tokenizer"]
 
-    # Fill in the sizes that were left open. The run ends at max_steps or after its epochs, whichever
-    # comes first; after one epoch if neither is given.
+    # Fill in the sizes that were left open. The run ends at max_steps or after its epochs,
+    # whichever comes first; after one epoch if neither is given.
     T = config.seq_len or gpt_config.block_size
     config = replace(config, seq_len=T, total_batch_size=config.total_batch_size or config.batch_size * T * world.size)
     check_sizes(config, gpt_config, meta, tokenizer, world)
@@ -245,7 +245,7 @@ def look(
 def starting_point(
     saved: dict, config: TrainConfig, gpt_config: GPTConfig, given: dict[str, str], meta: dict
 ) -> tuple[GPTConfig, dict]:
-    """The architecture, and what to start with: a checkpoint's content, {"model": weights}, or {} for new weights."""
+    """The architecture, and what to start from: a checkpoint, {"model": weights}, or {}."""
     if "model" in saved:
         return gpt_config, saved
     if config.init_from != "scratch":
@@ -278,11 +278,11 @@ def check_sizes(config: TrainConfig, gpt_config: GPTConfig, meta: dict, tokenize
 
 
 def build(run: Run, state: State) -> None:
-    """Fill in the run's model and optimizers: new or from the checkpoint, compiled, and wrapped for its processes."""
+    """Fill in the run's model and optimizers, new or from the checkpoint, compiled and wrapped."""
     config, world, saved = run.config, run.world, run.saved
 
-    # Every process draws the same initial weights, or copies the same ones from the checkpoint. Where a
-    # run averages its weights, "model" is the average, and the weights that train on lie beside it.
+    # Every process draws the same initial weights, or copies them from the checkpoint. Where a run
+    # averages its weights, "model" is the average, and what trains on lies beside it.
     make_deterministic(world.device, config.deterministic)
     choose_attention_kernel(run.gpt_config.dropout)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
@@ -293,8 +293,8 @@ def build(run: Run, state: State) -> None:
         checkpoint.load_weights(model, weights, run.path or config.init_from)
     model.activation_checkpointing, model.chunked_loss = config.activation_checkpointing, config.chunked_loss
 
-    # FSDP cuts the model up before it goes to the GPU, which may be too small for all of it. Weights stay
-    # in float32; autocast computes products in a lower precision; float16 needs its gradients scaled.
+    # FSDP cuts the model up before it goes to the GPU, which may be too small for it. Weights stay
+    # in float32, autocast lowers the precision of products, and float16 needs scaled gradients.
     dtype = pick_dtype(config.dtype, world.device)
     if config.parallel == "fsdp":
         world.shard(model, model.h, dtype)
@@ -307,9 +307,9 @@ def build(run: Run, state: State) -> None:
         checkpoint.restore(saved, model, run.optimizers, run.scaler)
     run.saved = {}  # the file is mapped: as long as it is in use, deleting it frees no disk
 
-    # Compile, and take one backward pass whose gradients are thrown away: what fails to compile or does
-    # not fit into memory fails here. DDP and FSDP also settle in it who sums what in which order, without
-    # which a resumed run on three processes would differ from one that never stopped.
+    # Compile, and take one backward pass whose gradients are thrown away: what fails to compile or
+    # does not fit into memory fails here. DDP and FSDP also settle in it who sums what in which
+    # order: else a resumed run on three processes would differ from one that never stopped.
     compiled = world.device.type == "cuda" if config.compile is None else config.compile
     if compiled and not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
         raise UserError("torch.compile needs a C++ compiler; install g++, or use --compile=False")
@@ -326,7 +326,7 @@ def build(run: Run, state: State) -> None:
 
 
 def load_hellaswag(run: Run, state: State) -> None:
-    """Fill in the run's HellaSwag examples. A machine without a network trains all the same, and says so."""
+    """Fill in the HellaSwag examples. Without a network, a line says so and the run goes on."""
     import hellaswag  # with tokenizers, which take a while to import
     from tokenizer import get_tokenizer
 
@@ -342,15 +342,15 @@ def load_hellaswag(run: Run, state: State) -> None:
 
 
 def train(run: Run, state: State) -> int:
-    """Train until the run is finished, a signal arrives or too many steps are skipped. Returns the exit status."""
+    """Train until the end, a signal, or too many skipped steps. Returns the exit status."""
     config, world = run.config, run.world
     batches = train_batches(
         run.train_data, config.seed, run.rows, config.batch_size, world.rank, world.size, world.device, state.step + 1
     )
     stop = False
     while True:
-        # Between two steps the weights stand still: this is the time to measure them and to save them.
-        # Whoever asks the run to stop cannot wait for that: the resumed run does it.
+        # Between two steps the weights stand still: this is the time to measure them and to save
+        # them. Whoever asks the run to stop cannot wait for that: the resumed run does it.
         val_loss = None
         if not stop:
             val_loss, stop = evaluate_if_due(run, state)
@@ -358,20 +358,20 @@ def train(run: Run, state: State) -> int:
         if done and state.times:  # ended by its evaluation, at a step without a train record
             log_step(run, state)
 
-        # While steps are being skipped, only the end of the run is saved: weights that have just become
-        # useless would push out good ones.
+        # While steps are being skipped, only the end of the run is saved: weights that have just
+        # become useless would push out good ones.
         wanted = stop or (state.step > 0 and due(state.step, config.checkpoint_interval))
         if done or (wanted and not state.skipped):
             save(run, state, val_loss, last=done or stop)
 
-        # The end is recorded once everything is saved. A kill in between costs only the record, which
-        # the resumed run makes.
+        # The end is recorded once all is saved. After a kill in between, the resumed run records
+        # it.
         if done or stop:
             batches.close()
             return conclude(run, state, stop)
 
-        # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such steps
-        # are bad luck; many in a row mean that the run has diverged, and no later step will mend it.
+        # One optimizer step. It changes nothing if its loss or gradient is not finite. A few such
+        # steps are bad luck; many in a row mean that the run has diverged for good.
         stop = train_step(run, state, batches)
         if state.skipped:
             run.log.write("event", event="skipped step", step=state.step, loss=state.loss, grad_norm=state.norm)
@@ -384,19 +384,19 @@ def train(run: Run, state: State) -> int:
 
 
 def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-    """One step; its loss and gradient norm go into the state. Returns whether any process was asked to stop."""
+    """One step; loss and norm go into the state. Returns whether a process was asked to stop."""
     config, world, scaler, began = run.config, run.world, run.scaler, time.perf_counter()
     state.step += 1
 
-    # Dropout draws from a generator that is seeded by the step. So a resumed run needs no generator
-    # state, and nothing that happens between two steps (a sample) can change what the next one draws.
+    # Dropout draws from a generator that the step's number seeds. So a resumed run needs no
+    # generator state, and no sample between two steps changes what the next one draws.
     if run.gpt_config.dropout:
         seed = np.random.SeedSequence([config.seed, state.step, world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
 
-    # Forward and backward. The gradients of all micro-batches add up in p.grad; dividing each loss by
-    # their number makes the sum a mean. Only the last one averages gradients over the GPUs: doing it
-    # every time would send the same bytes again and again.
+    # Forward and backward. The gradients of all micro-batches add up in p.grad; dividing each loss
+    # by their number makes the sum a mean. Only the last one averages gradients over the GPUs:
+    # doing it every time would send the same bytes again and again.
     totals = torch.zeros(3, device=world.device)  # loss, requests to stop, seconds
     for i in range(run.micro_batches):
         x, y = next(batches)  # (B, T) each
@@ -406,8 +406,8 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
         totals[0] += loss.detach()
         scaler.scale(loss).backward()
 
-    # Average the loss over the GPUs. The request to stop and the clock ride in the same message, so that
-    # all processes end after the same step, and none waits for a second message.
+    # Average the loss over the GPUs. The request to stop and the clock ride in the same message, so
+    # that all processes end after the same step, and none waits for a second message.
     totals[1] += bool(run.stop)
     totals[2] += time.perf_counter() - run.launched
     world.mean_(totals)
@@ -428,7 +428,7 @@ def train_step(run: Run, state: State, batches: Iterator[tuple[Tensor, Tensor]])
 
 
 def update(run: Run, state: State, finite: bool) -> None:
-    """Update the weights, unless the step was not finite on any process: a NaN would spoil them for good."""
+    """Update the weights, unless the step is not finite: a NaN would spoil them for good."""
     lr = learning_rate(state.step, run.config, run.max_steps)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -443,13 +443,13 @@ def update(run: Run, state: State, finite: bool) -> None:
 
 
 def finished(run: Run, state: State) -> bool:
-    """Whether the run has reached its end: its steps, its hours, its target or the end of its patience."""
+    """Whether the run has reached its steps, its hours, its target or the end of its patience."""
     hours = state.seconds / 3600
     return state.step >= run.max_steps or hours >= (run.config.max_hours or math.inf) or state.ended_by is not None
 
 
 def due(step: int, interval: int, at_end: bool = False) -> bool:
-    """Whether something that happens every `interval` steps (0: never), and at the end of a run, happens now."""
+    """Whether something happens now that is due every `interval` steps (0: never) or at the end."""
     return interval > 0 and (step % interval == 0 or at_end)
 
 
@@ -457,7 +457,7 @@ def due(step: int, interval: int, at_end: bool = False) -> bool:
 
 
 def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
-    """Evaluate and write a sample, if due. Returns the validation loss, if any, and whether a request to stop came."""
+    """Evaluate and sample, if due. Returns the val loss, if any, and whether to stop."""
     config, log, kinds = run.config, run.log, evaluations_due(run, state)
     if not kinds:
         return None, False
@@ -501,7 +501,7 @@ def evaluations_due(run: Run, state: State) -> set[str]:
 
 @contextlib.contextmanager
 def weights_to_measure(run: Run) -> Iterator[None]:
-    """Inside, the model drops nothing out, and has the average of its weights if the run keeps one."""
+    """Inside, the model drops nothing out, and has its averaged weights if the run keeps them."""
     run.model.eval()
     if run.average:
         run.average.swap()
@@ -516,7 +516,7 @@ def weights_to_measure(run: Run) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float | None:
-    """Mean loss over the first val_tokens of the validation set, in nats per token; None if a request to stop came."""
+    """Mean loss of the first val_tokens, in nats per token; None if a request to stop came."""
     config, world, model = run.config, run.world, run.model
     batches = val_batches(run.val_data, config.val_tokens, config.batch_size, world.rank, world.size, world.device)
     rounds = math.ceil(val_windows(run) / (config.batch_size * world.size))
@@ -526,7 +526,7 @@ def evaluate(run: Run) -> float | None:
         # All processes take the same number of batches, and stop at the same one.
         if stopped := world.any(run.stop):
             break
-        # Pad the last, smaller batch with targets that do not count: another shape would be compiled anew.
+        # Pad the last batch with targets that do not count: a smaller one would be compiled anew.
         counts.append(y.numel())
         missing = (0, 0, 0, config.batch_size - len(x))
         with run.autocast:
@@ -551,8 +551,8 @@ def record_val_loss(run: Run, state: State, val_loss: float) -> None:
     if state.step - state.lowest["step"] >= (run.config.patience or math.inf) * run.config.val_interval:
         state.ended_by = "patience"
 
-    # Nats per token depend on the tokenizer. Bits per byte do not, nor does the loss per word of the
-    # original text, which is known only of a whole validation set.
+    # Nats per token depend on the tokenizer. Bits per byte do not, nor does the loss per word of
+    # the original text, which is known only of a whole validation set.
     bpb = bits_per_byte(val_loss, run.meta)
     per_word = word_loss(val_loss, run.meta) if val_windows(run) == len(run.val_data) else None
     run.log.write("val", step=state.step, val_loss=val_loss, word_loss=per_word)
@@ -562,7 +562,7 @@ def record_val_loss(run: Run, state: State, val_loss: float) -> None:
 
 
 def sample(run: Run) -> str:
-    """sample_start and 200 tokens behind it; fewer if a request to stop comes. All processes sample the same text.
+    """sample_start and 200 tokens behind it, fewer if stopped; the same text on all ranks.
 
     Raises FloatingPointError if the weights give no finite logits.
     """
@@ -580,9 +580,9 @@ def sample(run: Run) -> str:
 
 
 def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
-    """Write a checkpoint of this step, unless it has one. It is the best so far if no other's val_loss is lower.
+    """Write this step's checkpoint, unless it has one. The best one has the lowest val_loss.
 
-    Raises UserError if out_dir is not the run's any more, or the disk is full and there is nothing to fall back on.
+    Raises UserError if out_dir is not the run's any more, or a full disk leaves no checkpoint.
     """
     config, log, world, before = run.config, run.log, run.world, (state.saved_step, state.best)
     if val_loss is not None and val_loss < state.best["val_loss"]:
@@ -607,8 +607,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
         except OSError as error:
             return error.strerror or str(error)
 
-    # A full disk ends no run that has a checkpoint: the older ones stay, and the next save tries again.
-    # But the first one must succeed, or a disk that is full from the start would cost the whole run.
+    # A full disk ends no run that has a checkpoint: the next save tries again. But the first one
+    # must succeed, or a disk that is full from the start would cost the whole run.
     if problem := world.on_main(write):
         state.saved_step, state.best = before
         log.write("event", event="not saved", step=state.step, problem=problem)
@@ -644,7 +644,7 @@ def announce(run: Run, state: State) -> None:
 
 
 def check_shared(run: Run) -> None:
-    """Raises UserError unless all processes see the run that rank 0 has begun: all of them read its checkpoints."""
+    """Raises UserError unless all processes see rank 0's run: they read its checkpoints."""
     newest = run.world.on_main(run.log.records)[-1:]  # it names the time of this launch
 
     def see() -> tuple[None, int]:
@@ -660,13 +660,13 @@ def here(run: Run, state: State) -> str:
 
 
 def log_step(run: Run, state: State) -> None:
-    """Write the train record and the log line of a step; its time is the mean since the last record."""
+    """Write a step's train record and log line; its time is the mean since the last record."""
     config, step, (_, peak_flops) = run.config, state.step, hardware(run.world.device)
     mean_loss = sum(state.losses) / len(state.losses) if state.losses else None
     dt = sum(state.times) / len(state.times)
     state.losses, state.times = [], []
     lr, tokens_per_sec = learning_rate(step, config, run.max_steps), config.total_batch_size / dt
-    # Model FLOPs utilization: the model's arithmetic as a share of what the GPUs could do in that time.
+    # Model FLOPs utilization: its arithmetic as a share of what the GPUs could do in that time.
     flops = run.model.flops_per_token(config.seq_len) * tokens_per_sec / run.world.size
     mfu = flops / peak_flops if peak_flops else None
     run.log.write(
@@ -682,7 +682,7 @@ def log_step(run: Run, state: State) -> None:
 
 
 def conclude(run: Run, state: State, stopped: bool) -> int:
-    """Record the end of a run that is saved, write its report and say what comes next. Returns the exit status, 0."""
+    """Record the end of a saved run, write its report, say what is next. Returns the status, 0."""
     log, out_dir = run.log, run.config.out_dir
     if stopped:  # whoever stops a run cannot wait for a report
         log.write("event", event="stopped", step=state.step, signal=run.stop.reason)
@@ -698,7 +698,7 @@ def conclude(run: Run, state: State, stopped: bool) -> int:
 
 
 def give_up(run: Run, state: State) -> int:
-    """End a run that has diverged: say what was not finite, and how to save the run. Returns the exit status, 3."""
+    """End a diverged run: say what was not finite, and how to save it. Returns the status, 3."""
     log, lower = run.log, f"--resume=True and a --learning_rate below {run.config.learning_rate:g}"
     what = f"loss {state.loss}" if not math.isfinite(state.loss) else f"gradient norm {state.norm}"
     log.write("event", event="gave up", step=state.step, loss=state.loss, grad_norm=state.norm)
@@ -710,7 +710,7 @@ def give_up(run: Run, state: State) -> int:
 
 
 def write_report(run: Run) -> None:
-    """Write report.md and its plots, as report.py does. A report that fails is a line: the run itself is saved."""
+    """Write report.md and its plots. If that fails, a line says so: the run itself is saved."""
     log, out_dir = run.log, run.config.out_dir
     if not run.world.is_main:
         return

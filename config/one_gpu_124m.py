@@ -1,10 +1,10 @@
 # An evening of one GPU: the recipe of speedrun_124m.py with smaller steps and two additions.
 #     python fineweb.py config/data/fineweb10B.py
 #     python train_gpt2.py config/one_gpu_124m.py
-# Estimated: no card has run it. 1.7B tokens are 1 hour of an H200 or 3.5 of an RTX 4090.
-# On top are two tables of value embeddings and even updates (-0.042 and -0.013 nats at the size of
-# a CPU, records/2026-11-21_speedrun). Steps are a quarter of the recipe's. Smaller steps gained in
-# three public searches on one GPU, and in our own at the size of a CPU. There the best learning rates
+# Estimated: no card has run it. 1.7B tokens are 1 hour of an H200 or 3.5 of an RTX 4090. On top are
+# two tables of value embeddings and even updates (-0.042 and -0.013 nats at the size of a CPU,
+# records/2026-11-21_speedrun). Steps are a quarter of the recipe's. Smaller steps gained in three
+# public searches on one GPU, and in our own at the size of a CPU. There the best learning rates
 # went with the square root of the batch ratio, here 0.5 (records/2026-12-01_small_steps).
 
 out_dir = "out/one_gpu_124m"

@@ -1,8 +1,8 @@
-# GPT-2 124M until it knows tiny Shakespeare by heart: stops at the first step whose loss is below 0.09.
+# GPT-2 124M on tiny Shakespeare until it is memorised: the first step with a loss below 0.09.
 #     python fineweb.py config/data/shakespeare_all.py
 #     python train_gpt2.py config/shakespeare_124m.py
-# The schedule is laid out for 300,000 steps; the stop comes after some thousand. As in the report's run, all 338,025
-# tokens are for training (a thousand steps are 12.1 epochs), so there is no validation set.
+# The schedule is laid out for 300,000 steps; the stop comes after some thousand. As in the report's
+# run, all 338,025 tokens are for training (12.1 epochs in 1,000 steps): nothing is validation.
 out_dir = "out/shakespeare_124m"
 data_dir = "data/shakespeare_all"
 

@@ -102,9 +102,13 @@ def call_processes(main, args, processes, setup=None):
     failed = None
     while running := [rank for rank in ranks if rank.exitcode is None]:
         in_time = multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=120)
-        # If two have failed, the one that wrote first told why, and the other only missed it.
-        ended = [rank for rank in ranks if rank.exitcode]
-        failed = failed or min(ended, key=lambda rank: os.fstat(rank.err.fileno()).st_mtime_ns, default=None)
+        # If two have failed, the one that wrote first told why, and the other only missed it. The fork
+        # server may report the other first, so wait a moment for both.
+        if not failed and any(rank.exitcode for rank in ranks):
+            for rank in running:
+                rank.join(0.2)
+            ended = [rank for rank in ranks if rank.exitcode]
+            failed = min(ended, key=lambda rank: os.fstat(rank.err.fileno()).st_mtime_ns)
         for rank in running:
             if failed or not in_time:
                 rank.kill()

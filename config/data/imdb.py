@@ -1,5 +1,5 @@
-# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; a tenth of them, drawn by val_seed, is validation. (The rows are
-# sorted by label: the last tenth in file order is positive reviews alone.)
+# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; a tenth of them, drawn by val_seed, is
+# validation. (Rows are sorted by label: the last tenth in file order would be positive reviews.)
 #     python fineweb.py config/data/imdb.py
 dataset = "stanfordnlp/imdb"
 split = "train+test"

@@ -1,4 +1,4 @@
-# Tiny Shakespeare in GPT-2's tokens: 1.1 MB, 338,025 tokens; the last tenth of its characters is validation.
+# Tiny Shakespeare in GPT-2's tokens: 1.1 MB, 338,025 tokens; the last tenth is validation.
 #     python fineweb.py config/data/shakespeare.py
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 val_fraction = 0.1

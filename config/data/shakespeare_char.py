@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters (bytes: it is all ASCII): 1.1M tokens; the last 10% are the validation set.
+# Tiny Shakespeare by characters (bytes: all is ASCII): 1.1M tokens; the last tenth is validation.
 #     python fineweb.py config/data/shakespeare_char.py
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 tokenizer = "bytes"

@@ -1,4 +1,4 @@
-# TinyStories: 2.1M short stories in a small child's words, 1.9 GB, about half a billion tokens of its own vocabulary.
+# TinyStories: 2.1M stories in a small child's words, 1.9 GB, half a billion tokens of its own.
 #     python tokenizer.py --dataset=roneneldan/TinyStories --vocab_size=8192 --out=tinystories.json
 #     python fineweb.py config/data/tinystories.py
 dataset = "roneneldan/TinyStories"

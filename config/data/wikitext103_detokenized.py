@@ -1,4 +1,4 @@
-# WikiText-103 in the same way: with <unk>, without the spaces between its words, its test set as val.
+# WikiText-103 with <unk>, without the spaces between its words, and its *test* set as val.
 #     python fineweb.py config/data/wikitext103_detokenized.py
 dataset = "Salesforce/wikitext"
 subset = "wikitext-103-v1"
