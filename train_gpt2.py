@@ -463,6 +463,7 @@ def evaluate_if_due(run: Run, state: State) -> tuple[float | None, bool]:
         return None, False
     val_loss = None
     with weights_to_measure(run):
+        # The validation loss decides which checkpoint is the best, and when patience ends.
         if "val" in kinds:
             val_loss = evaluate(run)
             if val_loss is None:
@@ -570,7 +571,8 @@ def sample(run: Run) -> str:
     from tokenizer import get_tokenizer
 
     text, enc = run.config.sample_start, get_tokenizer(run.tokenizer)
-    # Gathered weights are in the precision of the products, which only autocast mixes with others.
+    # Where FSDP cut the weights up, each process gathers all of them. They are in the precision of
+    # the products, which only autocast mixes with others.
     with run.world.unsharded(), run.autocast if run.world.sharded else contextlib.nullcontext():
         for (piece,) in complete(run.model, enc, text, 1, 200, temperature=0.8, top_k=200):
             text += piece
@@ -590,6 +592,8 @@ def save(run: Run, state: State, val_loss: float | None, last: bool) -> None:
     elif state.saved_step == state.step:
         return
     state.saved_step = state.step
+
+    # With FSDP every process has a part of the state: all of them gather it, one of them writes it.
     weights, average = run.model.state_dict(), run.average and run.average.state_dict()
     contents = {
         "model": world.whole(average or weights), "training_weights": world.whole(weights if average else None),
@@ -631,6 +635,7 @@ def announce(run: Run, state: State) -> None:
         log.write("run", **configs, parameters=parameters, max_steps=run.max_steps, data=data, **about)
     if run.path:
         log.write("event", event="resume", step=state.step, checkpoint=run.path.name, changed=run.changed, **about)
+    # The same for who watches: how large is it, on what, how far does it go?
     log.say(f"model: {parameters:,} parameters, on {world.size} x {about['hardware']} in {about['dtype']}")
     epochs = run.max_steps * run.rows / windows
     log.say(f"data: {windows:,} x {T} tokens in {config.data_dir}; {epochs:.2f} epochs")
