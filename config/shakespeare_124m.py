@@ -2,7 +2,7 @@
 #     python fineweb.py config/data/shakespeare_all.py
 #     python train_gpt2.py config/shakespeare_124m.py
 # The schedule is laid out for 300,000 steps; the stop comes after some thousand. As in the report's
-# run, all 338,025 tokens are for training (12.1 epochs in 1,000 steps): nothing is validation.
+# run, all 338,025 tokens are for training (12.1 epochs in 1,000 steps).
 out_dir = "out/shakespeare_124m"
 data_dir = "data/shakespeare_all"
 

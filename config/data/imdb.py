@@ -1,5 +1,5 @@
-# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; a tenth of them, drawn by val_seed, is
-# validation. (Rows are sorted by label: the last tenth in file order would be positive reviews.)
+# IMDB: 50,000 film reviews, 66 MB, about 15M tokens; 10% of them,
+# drawn by val_seed, are the validation set. (Rows are sorted by label: the last are all positive.)
 #     python fineweb.py config/data/imdb.py
 dataset = "stanfordnlp/imdb"
 split = "train+test"

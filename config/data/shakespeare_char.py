@@ -1,4 +1,5 @@
-# Tiny Shakespeare by characters (bytes: all is ASCII): 1.1M tokens; the last tenth is validation.
+# Tiny Shakespeare by characters (bytes: all is ASCII): 1.1M tokens, the last
+# 10% are the validation set.
 #     python fineweb.py config/data/shakespeare_char.py
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 tokenizer = "bytes"

@@ -1,5 +1,5 @@
 # The Python standard library of this machine, as bytes: about 12 MB of code, nothing to download.
-# The last twentieth of its files, in alphabetical order, is validation.
+# The last twentieth of its files, in alphabetical order, is the validation set.
 #     python fineweb.py config/data/stdlib.py
 import sysconfig
 
